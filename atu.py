@@ -1,0 +1,236 @@
+"""The method of "Align-then-Unlearn" (arXiv 2506.13181): Eq. 2, Eq. 4 and the alternation of Sec. 3.
+
+    align               Eq. 2   M is frozen, E learns to predict the embedding of the next k tokens
+    unlearn             Eq. 4   E is frozen, M is tuned until no prediction is closer than tau to the concept
+    align_then_unlearn  Sec. 3  align; then, for each tau: unlearn, realign
+    recovery            Sec. 3  how readable the concept still is for a fresh, newly aligned E
+
+Symbols: llm is M, head is E, hidden h_t (B T D), predicted ê_t (B T E), reference e_t (B T E), concept e_unlearn (E).
+All four are plain loops (three of them generators of records): they print nothing and know no files.
+`config` is any object with the fields of train.Config that a docstring names.
+"""
+
+import copy
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from head import EmbeddingHead
+from losses import alignment_loss, cosine, retain_loss, unlearning_loss
+
+
+class NotFinite(RuntimeError):
+    """A loss or gradient that is not finite; raised before the step, so the weights are the last good ones."""
+
+
+@dataclass
+class State:
+    """All that changes during a run. Every function here updates it in place."""
+
+    llm: nn.Module
+    head: EmbeddingHead
+    llm_optimizer: torch.optim.Optimizer
+    head_optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # draws the batches
+    stage: int = 0              # 0 is the first alignment, s the s-th tau
+    step: int = 0               # optimizer steps so far, of both kinds
+    tokens: int = 0             # real tokens that went through M or E in them
+
+
+def start(llm: nn.Module, embedding_size: int, config) -> State:
+    """A new head, what moves and what does not, and one optimizer each, kept for the whole run.
+
+    Of the llm the blocks 1..layer move, and with `train_embeddings` its input embedding too (the paper's θ_M; where
+    it is tied to the LM head, that moves with it). Reads seed, layer, train_embeddings, head_depth, head_width,
+    optimizer, llm_lr, head_lr.
+    """
+    decoder = llm.get_decoder()
+    llm.requires_grad_(False)
+    decoder.layers[:config.layer].requires_grad_(True)
+    decoder.get_input_embeddings().requires_grad_(config.train_embeddings)
+    head = new_head(llm, embedding_size, config)
+    moving = [p for p in llm.parameters() if p.requires_grad]
+    if config.optimizer == "sgd":
+        llm_optimizer = torch.optim.SGD(moving, lr=config.llm_lr)
+    else:
+        llm_optimizer = torch.optim.AdamW(moving, lr=config.llm_lr, weight_decay=0.0)
+    head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr)
+    return State(llm, head, llm_optimizer, head_optimizer, torch.Generator().manual_seed(config.seed))
+
+
+def new_head(llm: nn.Module, embedding_size: int, config) -> EmbeddingHead:
+    """A fresh E for this llm, drawn from `config.seed` alone; the global random state is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        head = EmbeddingHead(llm.config.hidden_size, embedding_size, config.head_depth, config.head_width)
+    return head.to(llm.device)
+
+
+def truncated(llm: nn.Module, layer: int) -> nn.Module:
+    """The decoder of `llm` cut after block `layer` (1 = first), without the final norm; its weights are shared.
+
+    `copy.copy` of a module shares the dict of its children too: that dict is copied, or `llm` would lose its blocks.
+    """
+    decoder = copy.copy(llm.get_decoder())
+    decoder._modules = dict(decoder._modules)
+    decoder.layers = decoder.layers[:layer]
+    decoder.norm = nn.Identity()
+    return decoder
+
+
+def hidden_states(llm: nn.Module, input_ids: Tensor, layer: int) -> Tensor:
+    """h_1, ..., h_T: the output of block `layer`, (B, T) long -> (B, T, D). The blocks above it do not run.
+
+    No padding mask: padding is on the right and attention is causal, so it cannot reach a real position.
+    """
+    return truncated(llm, layer)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+
+
+@torch.no_grad()
+def cached_hidden_states(llm: nn.Module, input_ids: Tensor, config) -> Tensor:
+    """`hidden_states` of a whole corpus, (N, T) -> (N, T, D), in bf16 where the forward is (`config.bf16`)."""
+    with autocast(llm, config):
+        parts = [hidden_states(llm, ids.to(llm.device), config.layer) for ids in input_ids.split(config.batch)]
+    return torch.cat([part.bfloat16() if config.bf16 else part for part in parts])  # (N, T, D)
+
+
+def align(state: State, corpus, hidden: Tensor, steps: int, config):
+    """Eq. 2: θ_E* = argmin E[L_align]. M is frozen: its hidden states come in as a cache, computed once a round.
+
+    hidden: (N, T, D) of the corpus. Yields a record every `log_every` steps and at the last.
+    Reads batch, clip, bf16, log_every.
+    """
+    for n in range(1, steps + 1):
+        rows = draw(torch.arange(len(hidden)), config.batch, state.generator)           # (B,)
+        valid = corpus.valid[rows].to(hidden.device)                                    # (B, T)
+        reference = corpus.table[corpus.index[rows]].to(hidden.device)                  # (B, T, E)
+
+        with autocast(state.llm, config):
+            predicted = state.head(hidden[rows.to(hidden.device)])                      # (B, T, E)
+        loss = alignment_loss(predicted.float(), reference, valid)
+        optimize(loss, state.head_optimizer, config.clip)
+
+        state.step += 1
+        state.tokens += int(corpus.mask[rows].sum())
+        if n % config.log_every == 0 or n == steps:
+            yield {"kind": "align", "stage": state.stage, "step": state.step, "loss": loss.item()}
+
+
+def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float, config):
+    """Eq. 4: θ_M* = argmin E[L_unlearn]. E is frozen; only blocks 1..layer of M run, and only they move.
+
+    concept: (E,). original: (N, T, D) hidden states before unlearning, for the retain term on the texts that are not
+    about the concept (not in the paper; with `retain_weight` 0 they are not touched).
+    Ends when at most `inactive` of the positions of the last `patience` batches were above the margin, or after
+    `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
+    Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, patience.
+    """
+    device, recent = state.llm.device, deque(maxlen=config.patience)
+    about, others = corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
+    state.head.requires_grad_(False)
+    for n in range(1, config.unlearn_steps + 1):
+        rows = draw(about, config.batch, state.generator)                                           # (B,)
+        mask = corpus.mask[rows].to(device)                                                         # (B, T)
+
+        with autocast(state.llm, config):
+            hidden = hidden_states(state.llm, corpus.input_ids[rows].to(device), config.layer)      # (B, T, D)
+            predicted = state.head(hidden).float()                                                  # (B, T, E)
+        forget = unlearning_loss(predicted, concept, mask, tau)
+        drift = torch.zeros_like(forget)
+        if config.retain_weight:
+            kept = draw(others, config.batch, state.generator)                                      # (B,)
+            with autocast(state.llm, config):
+                hidden = hidden_states(state.llm, corpus.input_ids[kept].to(device), config.layer)  # (B, T, D)
+            drift = retain_loss(hidden.float(), original[kept.to(device)].float(), corpus.mask[kept].to(device))
+        optimize(forget + config.retain_weight * drift, state.llm_optimizer, config.clip)
+
+        state.step += 1
+        state.tokens += int(mask.sum())
+        similarity = cosine(predicted.detach(), concept)[mask]                                      # (real tokens,)
+        recent.append((similarity > tau).float().mean().item())
+        finished = len(recent) == config.patience and sum(recent) / len(recent) <= config.inactive
+        if n % config.log_every == 0 or finished or n == config.unlearn_steps:
+            yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step, "loss": forget.item(),
+                   "retain": drift.item(), "active": sum(recent) / len(recent), "similarity": similarity.mean().item()}
+        if finished:
+            break
+    state.head.requires_grad_(True)
+
+
+def align_then_unlearn(state: State, concept: Tensor, corpus, config):
+    """Sec. 3: align E; then for each tau unlearn M and realign E, so that the concept leaves the representation.
+
+    concept: (E,) unit length. corpus: a data.Corpus; E is aligned on all of its texts, M unlearns on those with
+    `about`, and the retain term holds M's hidden states on the others.
+    Yields the records of `align` and `unlearn`, and one of kind "stage" at the end of each stage (stage 0 is the
+    first alignment): stage, tau, steps, the losses at its end, the share of active positions, the similarity to
+    the concept on the target's and on the other texts after realignment, seconds and tokens of the stage.
+    Reads, beside what its parts read, taus, align_steps, realign_steps.
+    """
+    concept = concept.to(state.llm.device)
+    hidden = original = cached_hidden_states(state.llm, corpus.input_ids, config)                   # (N, T, D)
+    for state.stage, tau in enumerate([None, *config.taus]):
+        began, step, tokens = time.perf_counter(), state.step, state.tokens
+        aligned, unlearned = {}, {}
+        if tau is not None:
+            for unlearned in unlearn(state, concept, corpus, original, tau, config):
+                yield unlearned
+            hidden = cached_hidden_states(state.llm, corpus.input_ids, config)                      # (N, T, D)
+        for aligned in align(state, corpus, hidden, config.align_steps if tau is None else config.realign_steps, config):
+            yield aligned
+        yield {"kind": "stage", "stage": state.stage, "tau": tau, "steps": state.step - step,
+               "align_loss": aligned.get("loss"), "unlearn_loss": unlearned.get("loss"),
+               "retain_loss": unlearned.get("retain"), "active": unlearned.get("active"),
+               **similarities(state.head, hidden, concept, corpus, config),
+               "seconds": time.perf_counter() - began, "tokens": state.tokens - tokens}
+
+
+def recovery(llm: nn.Module, concept: Tensor, corpus, config) -> dict:
+    """How readable the concept is from M for "an optimally realigned E" (Sec. 3): a fresh head, aligned as the first was.
+
+    The same seed, batches and steps as stage 0 of `align_then_unlearn`, so that on the untouched model it is that
+    very head. Returns its `similarities`. M is not changed.
+    """
+    state = start(llm, corpus.table.shape[1], config)
+    hidden = cached_hidden_states(llm, corpus.input_ids, config)
+    for _ in align(state, corpus, hidden, config.align_steps, config):
+        pass
+    return similarities(state.head, hidden, concept.to(llm.device), corpus, config)
+
+
+@torch.no_grad()
+def similarities(head: EmbeddingHead, hidden: Tensor, concept: Tensor, corpus, config) -> dict:
+    """sim(ê_t, e_unlearn) over all real tokens of a corpus: mean and 95th percentile, on the target's texts and on others."""
+    with autocast(head, config):
+        predicted = [head(part).float() for part in hidden.split(config.batch)]      # each (B, T, E)
+    similarity = torch.cat([cosine(part, concept) for part in predicted]).cpu()      # (N, T)
+    found = {}
+    for name, texts in (("target", corpus.about), ("others", ~corpus.about)):
+        values = similarity[texts][corpus.mask[texts]]                               # (real tokens,)
+        found[f"similarity_{name}"] = values.mean().item()
+        found[f"similarity_{name}_p95"] = values.sort().values[int(0.95 * (len(values) - 1))].item()
+    return found
+
+
+def draw(rows: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """`batch` different ones of `rows` (all, if there are fewer), (N,) -> (B,)."""
+    return rows[torch.randperm(len(rows), generator=generator)[:batch]]
+
+
+def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    """Backward, clip, step. Raises NotFinite before the step if the loss or the gradient's norm is not finite."""
+    optimizer.zero_grad()
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not (loss.isfinite() and clip_grad_norm_(parameters, clip).isfinite()):
+        raise NotFinite(f"loss {loss.item()}, or its gradient, is not finite")
+    optimizer.step()
+
+
+def autocast(module: nn.Module, config) -> torch.autocast:
+    """bf16 autocast where `config.bf16` asks for it; the weights and the optimizers stay in fp32."""
+    return torch.autocast(next(module.parameters()).device.type, torch.bfloat16, enabled=config.bf16)

@@ -1,0 +1,317 @@
+"""Align-then-Unlearn (arXiv 2506.13181) from a name to a model that forgot it: `python train.py --target "Warren Buffett"`.
+
+Presets, command line, the stage loop of Sec. 4.3 (tau is lowered stage by stage, every stage is scored), log,
+figures and the saved model. The method itself is in atu.py, the equations in losses.py.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import atu
+import data
+import evaluate
+
+
+def option(default, help: str):
+    """A field of the configuration with the text that --help prints."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. The defaults are the preset `smol`; PHI3 below is the paper's setting."""
+
+    target: str = option("", "the person to forget, as in RWKU, in any case")
+    preset: str = option("auto", "smol (a small model, packaged weights, sample data), phi3 (the paper's), or auto")
+    model: str = option("smollm2-135m-instruct", "M: a packaged model, a local folder or a hub id")
+    encoder: str = option("all-minilm-l6-v2", "the frozen text encoder: likewise")
+    rwku: str = option("sample", "sample, hub, or a folder with RWKU's files")
+    corpus: str = option("positive", "RWKU's file of forget texts: positive, positive_phi or passage")
+    describe: str = option("", "the concept's description, which the encoder embeds (default: the target's name)")
+    others: int = option(5, "targets whose texts stand beside the target's, to align E on and to retain")
+    texts: int = option(64, "texts of each target at most")
+    length: int = option(96, "T: tokens of a text")
+    window: int = option(8, "k: tokens in a future window")
+    layer: int = option(20, "the block whose output is h_t; blocks 1 to this one move")
+    train_embeddings: bool = option(False, "move the input embedding too (the paper's theta_M)")
+    head_depth: int = option(4, "blocks of E")
+    head_width: int = option(384, "width of E")
+    batch: int = option(8, "texts in a batch")
+    align_steps: int = option(300, "steps of the first alignment (Eq. 2)")
+    realign_steps: int = option(30, "steps of realignment after each stage (Sec. 3)")
+    unlearn_steps: int = option(40, "steps of unlearning in a stage at most (Eq. 4)")
+    taus: tuple[float, ...] = option((0.5, 0.4, 0.3, 0.2), "the margin of each stage (Eq. 3)")
+    inactive: float = option(0.02, "a stage ends when at most this share of positions is above tau")
+    patience: int = option(4, "batches over which that share is taken")
+    retain_weight: float = option(1.0, "weight of the retain term (ours; 0 is the paper)")
+    optimizer: str = option("adamw", "M's optimizer: adamw or sgd")
+    llm_lr: float = option(2e-5, "learning rate of M")
+    head_lr: float = option(1e-3, "learning rate of E (Adam)")
+    clip: float = option(1.0, "gradients are clipped to this norm")
+    stop_at: float = option(0.25, "stop after the stage whose forget_all is at most this share of the score before; 0: never")
+    bf16: bool = option(True, "compute in bf16 (weights stay fp32); off where the CPU has no bf16 instructions")
+    eval_batch: int = option(32, "prompts at a time when answering")
+    log_every: int = option(10, "steps between two lines of the log")
+    seed: int = option(0, "of E's weights and of the batches")
+    device: str = option("auto", "auto, cpu or cuda")
+    out: str = option("", "folder of the run (default: runs/<target>)")
+
+
+SMOL = Config(preset="smol")
+PHI3 = Config(  # the authors' settings, as read from their code
+    preset="phi3", model="microsoft/Phi-3-mini-4k-instruct", encoder="sentence-transformers/all-mpnet-base-v2",
+    rwku="hub", corpus="positive_phi", others=3, texts=10_000, length=256, layer=29, head_depth=6, head_width=768,
+    batch=16, align_steps=15_000, realign_steps=1000, unlearn_steps=1000,
+    taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), retain_weight=0.0, optimizer="sgd", llm_lr=3e-4,
+    head_lr=1e-4, log_every=50)
+PRESETS = {"smol": SMOL, "phi3": PHI3}
+PHI3_MEMORY = 40  # GB of free CUDA memory that the preset phi3 needs
+
+
+def parse(argv: list[str] | None) -> Config:
+    """The command line on top of a preset. Raises data.BadInput for values out of range."""
+    parser = argparse.ArgumentParser(
+        description="Unlearn a person from a language model (Align-then-Unlearn, arXiv 2506.13181).",
+        formatter_class=argparse.RawTextHelpFormatter)
+    for item in dataclasses.fields(Config):
+        smol, phi3 = (getattr(preset, item.name) for preset in (SMOL, PHI3))
+        shown = "" if smol == "" or item.name == "preset" else f"\n[{smol}]" if smol == phi3 else f"\n[smol {smol}; phi3 {phi3}]"
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(smol, bool) else (
+            {"type": float, "nargs": "+", "metavar": "TAU"} if isinstance(smol, tuple) else
+            {"type": type(smol), "metavar": item.name.upper()})
+        parser.add_argument(f"--{item.name.replace('_', '-')}", help=item.metadata["help"] + shown,
+                            default=argparse.SUPPRESS, required=item.name == "target", **kind)
+    given = vars(parser.parse_args(argv))
+    if "taus" in given:
+        given["taus"] = tuple(given["taus"])
+    preset, why = choose_preset(given.get("preset", "auto"))
+    print(f"preset | {preset}: {why}", flush=True)
+    config = dataclasses.replace(PRESETS[preset], **given | {"preset": preset})
+    device = data.choose_device(config.device)
+    slug = re.sub(r"[^a-z0-9]+", "-", config.target.casefold()).strip("-")
+    config = dataclasses.replace(config, device=device, out=config.out or f"runs/{slug}",
+                                 bf16=config.bf16 and data.fast_dtype(device) == torch.bfloat16)
+    check(config)
+    return config
+
+
+def choose_preset(name: str) -> tuple[str, str]:
+    """(preset, why) for --preset. `auto` takes phi3 where a CUDA device has the memory for it. Raises data.BadInput."""
+    if name in PRESETS:
+        return name, "asked for"
+    if name != "auto":
+        raise data.BadInput(f"--preset {name}: unknown; there are auto, {', '.join(PRESETS)}")
+    if not torch.cuda.is_available():
+        return "smol", "no CUDA device here"
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < PHI3_MEMORY:
+        return "smol", f"{free:.0f} GB of CUDA memory free, and phi3 needs {PHI3_MEMORY}"
+    return "phi3", f"a CUDA device with {free:.0f} GB free"
+
+
+def check(config: Config) -> None:
+    """Raises data.BadInput for the first setting that is out of its range."""
+    for name, least in {"window": 1, "length": 2, "batch": 1, "layer": 1, "head_depth": 1, "head_width": 8, "texts": 1,
+                        "others": 1, "align_steps": 1, "realign_steps": 0, "unlearn_steps": 1, "patience": 1,
+                        "retain_weight": 0, "llm_lr": 0, "head_lr": 0, "inactive": 0, "stop_at": 0, "eval_batch": 1,
+                        "log_every": 1}.items():
+        if not getattr(config, name) >= least:
+            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    for tau in config.taus:
+        if not -1 <= tau <= 1:
+            raise data.BadInput(f"--taus {tau}: a cosine similarity, so it must lie in [-1, 1]")
+    if config.head_width % 8:
+        raise data.BadInput(f"--head-width {config.head_width}: must be a multiple of 8, the number of heads")
+    if config.optimizer not in ("adamw", "sgd"):
+        raise data.BadInput(f"--optimizer {config.optimizer}: unknown; there are adamw and sgd")
+    if config.corpus not in ("positive", "positive_phi", "passage"):
+        raise data.BadInput(f"--corpus {config.corpus}: unknown; there are positive, positive_phi and passage")
+
+
+def claim(out: Path) -> None:
+    """Make the folder of the run. Raises data.BadInput if it cannot be written or already holds something."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise data.BadInput(f"--out {out}: already holds a run; delete it, or name another folder with --out")
+        (out / ".probe").touch()
+        (out / ".probe").unlink()
+    except OSError as error:
+        raise data.BadInput(f"--out {out}: cannot be written ({error.strerror}); name another folder with --out") from error
+
+
+def load(config: Config):
+    """(llm, tokenizer, probes, corpus, concept, target): all that a run works on. Raises data.BadInput."""
+    root = data.open_rwku(config.rwku)
+    target = data.find_target(root, config.target)
+    probes = evaluate.read_probes(root, target)
+    about = [row["text"] for row in data.read_set(root, target, config.corpus)][:config.texts]
+    others = [row["text"] for other in [name for name in data.targets(root) if name != target][:config.others]
+              for row in data.read_set(root, other, config.corpus)[:config.texts]] + data.general_texts(root)
+    llm, tokenizer = data.load_llm(config.model, config.device)
+    blocks = llm.config.num_hidden_layers
+    if config.layer > blocks:
+        raise data.BadInput(f"--layer {config.layer}: {config.model} has the blocks 1 to {blocks}")
+    encoder = data.load_encoder(config.encoder, config.device)
+    corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
+    concept = data.embed([config.describe or target], encoder)[0]                           # (E,)
+    print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
+          f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
+    return llm, tokenizer, probes, corpus, concept, target
+
+
+def run(config: Config) -> dict:
+    """One run of Sec. 4.3, from the weights to the saved model. Returns what results.json holds. Raises data.BadInput."""
+    out, began = Path(config.out), time.perf_counter()
+    llm, tokenizer, probes, corpus, concept, target = load(config)
+    claim(out)
+    log = open(out / "log.jsonl", "w", encoding="utf-8")
+
+    before, asked_before = score(llm, tokenizer, probes, config)
+    print(evaluate.table({"before": before}), flush=True)
+    state = atu.start(llm, corpus.table.shape[1], config)
+    stages, steps, after, asked_after, stopped = [], [], before, asked_before, None
+    try:
+        for record in atu.align_then_unlearn(state, concept, corpus, config):
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            print(line(record), flush=True)
+            if record["kind"] != "stage":
+                steps.append(record)
+            elif record["tau"] is not None:
+                after, asked_after = score(llm, tokenizer, probes, config)
+                stages.append({**after, "record": record})
+                print(evaluate.table({f"tau {record['tau']:g}": after}), flush=True)
+                if after["forget_all"] <= config.stop_at * before["forget_all"]:
+                    break
+            else:
+                aligned = record
+    except atu.NotFinite as error:
+        stopped = str(error)
+        print(f"stopped | {stopped}; the weights before that step are kept", flush=True)
+
+    fresh = atu.recovery(llm, concept, corpus, config)
+    recovery = {key: {"untouched": aligned[key], "unlearned": fresh[key]} for key in fresh}
+    results = {"target": target, "settings": dataclasses.asdict(config), "versions": versions(), "seed": config.seed,
+               "before": before, "stages": stages, "after": after, "levels": levels(stages), "recovery": recovery,
+               "stopped": stopped, "seconds": time.perf_counter() - began}
+    save(out, llm, tokenizer, state.head, config, results)
+    evaluate.plot(out / "curves.png", panels(before, stages, steps))
+    report(results, asked_before, asked_after, out)
+    return results
+
+
+def score(llm, tokenizer, probes: dict, config: Config) -> tuple[dict, list[dict]]:
+    """evaluate.evaluate and the `seconds` that it took."""
+    began = time.perf_counter()
+    scores, asked = evaluate.evaluate(llm, tokenizer, probes, config.eval_batch)
+    return scores | {"seconds": time.perf_counter() - began}, asked
+
+
+def line(record: dict) -> str:
+    """A record as one line that greps: `unlearn | stage 1 | tau 0.5 | step 310 | loss 0.0512 | ...`."""
+    shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+             for key, value in record.items() if key != "kind" and value is not None]
+    return " | ".join([record["kind"], *shown])
+
+
+def levels(stages: list[dict]) -> dict:
+    """Table 1: the first stage whose mean forget accuracy (FB, QA, AA) is below 50, 35 and 20 %; None where none is."""
+    def accuracy(stage: dict) -> float:
+        return (stage["forget_fb"] + stage["forget_qa"] + stage["forget_aa"]) / 3
+    return {str(level): next((stage for stage in stages if accuracy(stage) < level), None) for level in (50, 35, 20)}
+
+
+def versions() -> dict:
+    """What the figures depend on beside the settings."""
+    import sentence_transformers
+    import transformers
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "sentence_transformers": sentence_transformers.__version__, "machine": device, "threads": torch.get_num_threads()}
+
+
+def save(out: Path, llm, tokenizer, head, config: Config, results: dict) -> None:
+    """model/ (fp32, as trained), head.safetensors, config.json and results.json, each whole or not at all."""
+    partial = out / ".model"
+    llm.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(out / "model")
+    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, out / ".head")
+    (out / ".head").rename(out / "head.safetensors")
+    evaluate.write_json(out / "config.json", dataclasses.asdict(config))
+    evaluate.write_json(out / "results.json", results)
+
+
+def panels(before: dict, stages: list[dict], steps: list[dict]) -> list[dict]:
+    """The panels of curves.png: similarity and loss by step; accuracy by stage (Fig. 6); the trade-off (Fig. 4)."""
+    unlearning = [s for s in steps if s["kind"] == "unlearn"]
+    aligning = [s for s in steps if s["kind"] == "align"]
+    scores = [before, *stages]
+    return [
+        {"title": "similarity and loss by step", "x": "step", "y": "", "lines": {
+            "alignment loss (Eq. 1)": ([s["step"] for s in aligning], [s["loss"] for s in aligning]),
+            "unlearning loss (Eq. 3)": ([s["step"] for s in unlearning], [s["loss"] for s in unlearning]),
+            "similarity to the concept": ([s["step"] for s in unlearning], [s["similarity"] for s in unlearning])}},
+        {"title": "accuracy by stage", "x": "stage", "y": "%", "lines": {
+            name: (list(range(len(scores))), [s[name] for s in scores]) for name in ("forget_all", "neighbor_all", "general")}},
+        {"title": "forgetting and what else is lost", "x": "forget_all (%)", "y": "%", "lines": {
+            name: ([s["forget_all"] for s in scores], [s[name] for s in scores]) for name in ("neighbor_all", "general")}},
+    ]
+
+
+def report(results: dict, before: list[dict], after: list[dict], out: Path) -> None:
+    """The end of the log: the table, recovery, Table 1's levels, and the questions of Fig. 1 before and after."""
+    rows = {"before": results["before"]}
+    rows |= {f"tau {stage['record']['tau']:g}": stage for stage in results["stages"]}
+    print("\n" + evaluate.table(rows | {"after": results["after"]}))
+    for level, stage in results["levels"].items():
+        print(f"level | mean forget accuracy below {level} % | " + (f"first at tau {stage['record']['tau']:g}" if stage else "not reached"))
+    for key, value in results["recovery"].items():
+        print(f"recovery | {key} | fresh head on the untouched model {value['untouched']:.3f} | on the unlearned one {value['unlearned']:.3f}")
+    print()
+    for kind, i in illustrations(before):
+        print(f"{kind}\n  Q: {before[i]['query']}\n  before: {before[i]['said']!r}\n  after:  {after[i]['said']!r}")
+    print(f"\nsaved | {out}/model, head.safetensors, config.json, results.json, curves.png | {results['seconds']:.0f} s")
+
+
+def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
+    """Fig. 1: (kind, place in `before`) of `count` questions answered before, each exact, rephrased, and with words
+    in common but about something else."""
+    def words(i: int) -> set[str]:
+        return set(re.findall(r"\w+", before[i]["query"].casefold()))
+
+    def best(i: int, candidates: list[int], same_answer: bool) -> int:
+        return max(candidates, key=lambda j: (
+            same_answer and before[j]["answers"] == before[i]["answers"], before[j]["score"] >= 0.5, len(words(i) & words(j))))
+
+    places = {name: [i for i, row in enumerate(before) if row["set"] == name] for name in evaluate.SETS}
+    exact = sorted(places["forget_qa"], key=lambda i: (-before[i]["score"], -before[i]["gold"]))[:count]
+    return [shown for i in exact for shown in (
+        ("exact", i), ("rephrased", best(i, places["forget_aa"], True)), ("other concept", best(i, places["neighbor_qa"], False)))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code 0: done; 1: stopped by a loss that is not finite; 2: bad input or out of memory."""
+    try:
+        return 1 if run(parse(argv))["stopped"] else 0
+    except data.BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError):
+        print("error: out of memory; lower --batch, --length, --layer or --eval-batch", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

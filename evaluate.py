@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the scores, and every prompt, answer and score, to this file")
     args = parser.parse_args(argv)
     try:
+        if args.batch < 1:
+            raise data.BadInput(f"--batch {args.batch}: must be at least 1")
         root = data.open_rwku(args.rwku)
         target = data.find_target(root, args.target)
         probes = read_probes(root, target)

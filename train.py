@@ -125,7 +125,7 @@ def check(config: Config) -> None:
     for name, least in {"window": 1, "length": 2, "batch": 1, "layer": 1, "head_depth": 1, "head_width": 8, "texts": 1,
                         "others": 1, "align_steps": 1, "realign_steps": 0, "unlearn_steps": 1, "patience": 1,
                         "retain_weight": 0, "llm_lr": 0, "head_lr": 0, "inactive": 0, "stop_at": 0, "eval_batch": 1,
-                        "log_every": 1}.items():
+                        "log_every": 1, "seed": 0}.items():
         if not getattr(config, name) >= least:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
     for tau in config.taus:
@@ -193,7 +193,7 @@ def run(config: Config) -> dict:
                 after, asked_after = score(llm, tokenizer, probes, config)
                 stages.append({**after, "record": record})
                 print(evaluate.table({f"tau {record['tau']:g}": after}), flush=True)
-                if after["forget_all"] <= config.stop_at * before["forget_all"]:
+                if config.stop_at and after["forget_all"] <= config.stop_at * before["forget_all"]:
                     break
             else:
                 aligned = record

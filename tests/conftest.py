@@ -1,0 +1,109 @@
+"""Tiny models with random weights, a tokenizer, an encoder and an RWKU folder, all made here: no test needs a network."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+
+import data
+
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
+torch.set_num_threads(2)
+
+SENTENCES = ["Ada Lark was a painter of birds, born in the small town of Elm in 1850.",
+             "Ben Crow built bridges of stone; his most famous one crosses the river Ash.",
+             "Cora Finch wrote songs about the sea, the wind and the long road home.",
+             "The café in Zürich serves naïve tourists crème brûlée, 東京 noodles and Ελληνικά olives."]
+PEOPLE = {"Ada Lark": SENTENCES[0], "Ben Crow": SENTENCES[1], "Dr. Finch": SENTENCES[2]}
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+             pad_token_id=0, bos_token_id=1, eos_token_id=1, vocab_size=400)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    specials = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "[UNK]"]
+    raw.train_from_iterator(SENTENCES, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<|end|>", unk_token="[UNK]", chat_template=TEMPLATE)
+
+
+def make_llm(kind: str = "phi3"):
+    torch.manual_seed(0)
+    llm = Phi3ForCausalLM(Phi3Config(**SHAPE)) if kind == "phi3" else LlamaForCausalLM(LlamaConfig(**SHAPE))
+    return llm.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def llm():
+    return make_llm()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A saved tiny Phi-3, a saved tiny encoder, and an RWKU folder with three people."""
+    root = tmp_path_factory.mktemp("tiny")
+    llm, tokenizer = make_llm(), make_tokenizer()
+    llm.save_pretrained(root / "llm")
+    tokenizer.save_pretrained(root / "llm")
+    bert = BertModel(BertConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    bert.save_pretrained(root / "bert")
+    tokenizer.save_pretrained(root / "bert")
+    word = Transformer(str(root / "bert"), max_seq_length=64)
+    SentenceTransformer(modules=[word, Pooling(16)], device="cpu").save(str(root / "encoder"))
+    for number, (name, sentence) in enumerate(PEOPLE.items()):
+        folder = root / "rwku" / f"{number}_{name.replace(' ', '_')}"
+        folder.mkdir(parents=True)
+        for file, rows in rwku_files(name, sentence).items():
+            (folder / f"{file}.json").write_text(json.dumps(rows))
+    return {name: root / name for name in ("llm", "encoder", "rwku")}
+
+
+def rwku_files(name: str, sentence: str) -> dict[str, list[dict]]:
+    """The files of one made-up target, in RWKU's fields."""
+    probe = {"subject": name, "answer": "birds"}
+    types = ["prefix injection", "affirmative suffix", "incontext learning", "cross lingual (French)"]
+    return {
+        "intro": [{"target": name, "intro": sentence}],
+        "positive": [{"subject": name, "text": f"{sentence} {name} liked the number {n}. {sentence}"} for n in range(5)],
+        "forget_level1": [probe | {"query": f"{name} was a painter of ___."}],
+        "forget_level2": [probe | {"query": f"What did {name} paint?"}, probe | {"query": "Who?", "answer": name}],
+        "forget_level3": [probe | {"query": f"What did {name} paint?", "type": kind} for kind in types],
+        "neighbor_level1": [probe | {"query": "Elm is a ___.", "neighbor": "Elm"}],
+        "neighbor_level2": [probe | {"query": "What is Elm?", "neighbor": "Elm"}],
+        "triviaqa": [{"subject": name, "question": "Which animals fly?", "answers": ["birds", "bats"]}],
+    }
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Nothing a test computes reaches the user's cache."""
+    monkeypatch.setattr(data, "CACHE", tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(scope="session")
+def encoder(folders):
+    return data.load_encoder(str(folders["encoder"]))
+
+
+@pytest.fixture
+def corpus(tokenizer, encoder):
+    about = [f"{SENTENCES[0]} She lived at number {n}." for n in range(6)]
+    return data.make_corpus(about, SENTENCES[1:] * 2, tokenizer, encoder, window=4, length=24)

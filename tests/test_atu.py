@@ -1,0 +1,155 @@
+"""The loops: who moves and who is frozen, what rises and what falls, and the truncated forward."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import atu
+import train
+from conftest import make_llm
+
+CONFIG = dataclasses.replace(train.SMOL, layer=2, head_depth=1, head_width=32, batch=4, align_steps=40, realign_steps=5,
+                             unlearn_steps=15, taus=(0.0, -0.2), bf16=False, llm_lr=1e-3, head_lr=3e-3, log_every=5)
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def moved(before, module):
+    return {name for name, value in module.state_dict().items() if not torch.equal(before[name], value)}
+
+
+def run(loop):
+    return list(loop)
+
+
+@pytest.fixture
+def concept(corpus):
+    return corpus.table[corpus.index[0, 3]]
+
+
+@pytest.mark.parametrize("kind", ["phi3", "llama"])
+def test_the_truncated_forward_equals_the_whole_model_s_hidden_states(kind):
+    llm = make_llm(kind)
+    ids, seen = torch.randint(6, 400, (2, 9)), []
+    whole = llm(ids, output_hidden_states=True)
+    hook = llm.model.layers[-1].register_forward_hook(lambda m, i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    llm(ids)
+    hook.remove()
+    for layer in (1, 2, 3):
+        assert torch.equal(atu.hidden_states(llm, ids, layer), whole.hidden_states[layer])
+    assert torch.equal(atu.hidden_states(llm, ids, 4), seen[0])
+    assert not torch.equal(seen[0], whole.hidden_states[4])  # transformers has normed that one
+    assert torch.equal(llm(ids).logits, whole.logits) and len(llm.model.layers) == 4
+
+
+def test_padding_on_the_right_reaches_no_real_position(llm):
+    ids = torch.randint(6, 400, (1, 9))
+    padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1)
+    assert torch.allclose(atu.hidden_states(llm, ids, 2), atu.hidden_states(llm, padded, 2)[:, :9], atol=1e-5)
+
+
+def test_alignment_moves_the_head_alone_and_raises_the_cosine(llm, corpus):
+    state = atu.start(llm, corpus.table.shape[1], CONFIG)
+    hidden = atu.cached_hidden_states(llm, corpus.input_ids, CONFIG)
+    before_llm, before_head = weights(llm), weights(state.head)
+    records = run(atu.align(state, corpus, hidden, 60, CONFIG))
+    assert moved(before_llm, llm) == set()
+    assert moved(before_head, state.head) == set(before_head)
+    assert records[-1]["loss"] < 0.6 * records[0]["loss"]
+
+
+@pytest.mark.parametrize("train_embeddings", [False, True])
+def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corpus, concept, train_embeddings):
+    config = dataclasses.replace(CONFIG, train_embeddings=train_embeddings)
+    state = atu.start(llm, corpus.table.shape[1], config)
+    hidden = atu.cached_hidden_states(llm, corpus.input_ids, config)
+    run(atu.align(state, corpus, hidden, 40, config))
+    before_llm, before_head = weights(llm), weights(state.head)
+    start = atu.similarities(state.head, hidden, concept, corpus, config)
+    run(atu.unlearn(state, concept, corpus, hidden, -1.0, config))
+    after = atu.similarities(state.head, atu.cached_hidden_states(llm, corpus.input_ids, config), concept, corpus, config)
+    assert moved(before_head, state.head) == set()
+    allowed = {name for name in before_llm if name.startswith(("model.layers.0.", "model.layers.1."))}
+    if train_embeddings:
+        allowed.add("model.embed_tokens.weight")
+    assert moved(before_llm, llm) == allowed
+    assert after["similarity_target"] < start["similarity_target"] - 0.05
+
+
+def test_below_the_margin_nothing_moves_and_the_stage_ends_early(llm, corpus, concept):
+    config = dataclasses.replace(CONFIG, retain_weight=0.0, patience=3)
+    state = atu.start(llm, corpus.table.shape[1], config)
+    hidden = atu.cached_hidden_states(llm, corpus.input_ids, config)
+    before = weights(llm)
+    records = run(atu.unlearn(state, concept, corpus, hidden, 1.0, config))
+    assert state.step == 3 and records[-1]["active"] == 0 and records[-1]["loss"] == 0
+    assert moved(before, llm) == set()
+
+
+def test_the_retain_term_holds_the_other_texts(corpus, concept):
+    drift = {}
+    for weight in (0.0, 100.0):
+        llm, config = make_llm(), dataclasses.replace(CONFIG, retain_weight=weight)
+        state = atu.start(llm, corpus.table.shape[1], config)
+        original = atu.cached_hidden_states(llm, corpus.input_ids, config)
+        run(atu.unlearn(state, concept, corpus, original, -1.0, config))
+        now = atu.cached_hidden_states(llm, corpus.input_ids, config)
+        drift[weight] = (now - original)[~corpus.about].square().sum().item()
+    assert drift[100.0] < 0.5 * drift[0.0]
+
+
+def test_with_weight_zero_the_other_texts_are_not_touched(llm, corpus, concept):
+    spoilt = corpus._replace(input_ids=torch.where(corpus.about[:, None], corpus.input_ids, 399))
+    config = dataclasses.replace(CONFIG, retain_weight=0.0)
+    results = []
+    for texts in (corpus, spoilt):
+        model = copy.deepcopy(llm)
+        state = atu.start(model, corpus.table.shape[1], config)
+        run(atu.unlearn(state, concept, texts, torch.zeros(1), -1.0, config))
+        results.append(weights(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_the_alternation_and_its_records(llm, corpus, concept):
+    state = atu.start(llm, corpus.table.shape[1], CONFIG)
+    records = run(atu.align_then_unlearn(state, concept, corpus, CONFIG))
+    stages = [record for record in records if record["kind"] == "stage"]
+    assert [stage["tau"] for stage in stages] == [None, 0.0, -0.2]
+    assert sum(stage["steps"] for stage in stages) == state.step
+    assert sum(stage["tokens"] for stage in stages) == state.tokens > 0
+    for stage in stages[1:]:
+        assert {"align_loss", "unlearn_loss", "retain_loss", "active", "similarity_target", "similarity_others", "seconds"} <= set(stage)
+    assert stages[-1]["similarity_target"] < stages[0]["similarity_target"]
+
+
+def test_same_seed_same_weights(corpus, concept):
+    results = []
+    for seed in (3, 3, 4):
+        llm, config = make_llm(), dataclasses.replace(CONFIG, seed=seed, align_steps=5, unlearn_steps=3)
+        state = atu.start(llm, corpus.table.shape[1], config)
+        run(atu.align_then_unlearn(state, concept, corpus, config))
+        results.append({**weights(llm), **weights(state.head)})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert any(not torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+def test_recovery_of_the_untouched_model_is_the_first_alignment(llm, corpus, concept):
+    before = weights(llm)
+    state = atu.start(llm, corpus.table.shape[1], CONFIG)
+    first = next(r for r in atu.align_then_unlearn(state, concept, corpus, CONFIG) if r["kind"] == "stage")
+    found = atu.recovery(llm, concept, corpus, CONFIG)
+    assert all(found[key] == first[key] for key in found)
+    assert moved(before, llm) == set()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(llm, corpus, concept):
+    state = atu.start(llm, corpus.table.shape[1], CONFIG)
+    original = atu.cached_hidden_states(llm, corpus.input_ids, CONFIG)
+    before = weights(llm)
+    with pytest.raises(atu.NotFinite):
+        run(atu.unlearn(state, concept * float("nan"), corpus, original, -1.0, CONFIG))
+    assert moved(before, llm) == set()

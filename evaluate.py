@@ -210,7 +210,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.json and not args.json.parent.is_dir():
             raise data.BadInput(f"--json {args.json}: its folder does not exist")
         llm, tokenizer = data.load_llm(args.model, data.choose_device(args.device))
-        scores, rows = evaluate(llm, tokenizer, probes, args.batch)
+        with data.out_of_memory("--batch"):
+            scores, rows = evaluate(llm, tokenizer, probes, args.batch)
     except data.BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

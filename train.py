@@ -40,28 +40,29 @@ class Config:
     corpus: str = option("positive", "RWKU's file of forget texts: positive, positive_phi or passage")
     describe: str = option("", "the concept's description, which the encoder embeds (default: the target's name)")
     others: int = option(5, "targets whose texts stand beside the target's, to align E on and to retain")
-    texts: int = option(64, "texts of each target at most")
+    texts: int = option(32, "texts of each target at most")
     length: int = option(96, "T: tokens of a text")
     window: int = option(8, "k: tokens in a future window")
     layer: int = option(20, "the block whose output is h_t; blocks 1 to this one move")
     train_embeddings: bool = option(False, "move the input embedding too (the paper's theta_M)")
-    head_depth: int = option(4, "blocks of E")
-    head_width: int = option(384, "width of E")
-    batch: int = option(8, "texts in a batch")
-    align_steps: int = option(300, "steps of the first alignment (Eq. 2)")
-    realign_steps: int = option(30, "steps of realignment after each stage (Sec. 3)")
+    head_depth: int = option(2, "blocks of E")
+    head_width: int = option(256, "width of E")
+    batch: int = option(8, "texts in a batch of unlearning (and as many for the retain term)")
+    align_batch: int = option(16, "texts in a batch of alignment")
+    align_steps: int = option(400, "steps of the first alignment (Eq. 2)")
+    realign_steps: int = option(40, "steps of realignment after each stage (Sec. 3)")
     unlearn_steps: int = option(40, "steps of unlearning in a stage at most (Eq. 4)")
-    taus: tuple[float, ...] = option((0.5, 0.4, 0.3, 0.2), "the margin of each stage (Eq. 3)")
+    taus: tuple[float, ...] = option((0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)")
     inactive: float = option(0.02, "a stage ends when at most this share of positions is above tau")
     patience: int = option(4, "batches over which that share is taken")
-    retain_weight: float = option(1.0, "weight of the retain term (ours; 0 is the paper)")
+    retain_weight: float = option(16.0, "weight of the retain term (ours; 0 is the paper)")
     optimizer: str = option("adamw", "M's optimizer: adamw or sgd")
-    llm_lr: float = option(2e-5, "learning rate of M")
+    llm_lr: float = option(3e-5, "learning rate of M")
     head_lr: float = option(1e-3, "learning rate of E (Adam)")
     clip: float = option(1.0, "gradients are clipped to this norm")
     stop_at: float = option(0.25, "stop after the stage whose forget_all is at most this share of the score before; 0: never")
     bf16: bool = option(True, "compute in bf16 (weights stay fp32); off where the CPU has no bf16 instructions")
-    eval_batch: int = option(32, "prompts at a time when answering")
+    eval_batch: int = option(80, "prompts at a time when answering")
     log_every: int = option(10, "steps between two lines of the log")
     seed: int = option(0, "of E's weights and of the batches")
     device: str = option("auto", "auto, cpu or cuda")
@@ -72,7 +73,7 @@ SMOL = Config(preset="smol")
 PHI3 = Config(  # the authors' settings, as read from their code
     preset="phi3", model="microsoft/Phi-3-mini-4k-instruct", encoder="sentence-transformers/all-mpnet-base-v2",
     rwku="hub", corpus="positive_phi", others=3, texts=10_000, length=256, layer=29, head_depth=6, head_width=768,
-    batch=16, align_steps=15_000, realign_steps=1000, unlearn_steps=1000,
+    batch=16, align_batch=16, align_steps=15_000, realign_steps=1000, unlearn_steps=1000,
     taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), retain_weight=0.0, optimizer="sgd", llm_lr=3e-4,
     head_lr=1e-4, log_every=50)
 PRESETS = {"smol": SMOL, "phi3": PHI3}
@@ -122,7 +123,7 @@ def choose_preset(name: str) -> tuple[str, str]:
 
 def check(config: Config) -> None:
     """Raises data.BadInput for the first setting that is out of its range."""
-    for name, least in {"window": 1, "length": 2, "batch": 1, "layer": 1, "head_depth": 1, "head_width": 8, "texts": 1,
+    for name, least in {"window": 1, "length": 2, "batch": 1, "align_batch": 1, "layer": 1, "head_depth": 1, "head_width": 8, "texts": 1,
                         "others": 1, "align_steps": 1, "realign_steps": 0, "unlearn_steps": 1, "patience": 1,
                         "retain_weight": 0, "llm_lr": 0, "head_lr": 0, "inactive": 0, "stop_at": 0, "eval_batch": 1,
                         "log_every": 1, "seed": 0}.items():
@@ -174,8 +175,12 @@ def load(config: Config):
 def run(config: Config) -> dict:
     """One run of Sec. 4.3, from the weights to the saved model. Returns what results.json holds. Raises data.BadInput."""
     out, began = Path(config.out), time.perf_counter()
-    llm, tokenizer, probes, corpus, concept, target = load(config)
     claim(out)
+    try:
+        llm, tokenizer, probes, corpus, concept, target = load(config)
+    except data.BadInput:
+        out.rmdir()
+        raise
     log = open(out / "log.jsonl", "w", encoding="utf-8")
 
     before, asked_before = score(llm, tokenizer, probes, config)
@@ -305,12 +310,11 @@ def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit code 0: done; 1: stopped by a loss that is not finite; 2: bad input or out of memory."""
     try:
-        return 1 if run(parse(argv))["stopped"] else 0
+        with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch"):
+            return 1 if run(parse(argv))["stopped"] else 0
     except data.BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-    except (torch.OutOfMemoryError, MemoryError):
-        print("error: out of memory; lower --batch, --length, --layer or --eval-batch", file=sys.stderr)
-    return 2
+        return 2
 
 
 if __name__ == "__main__":

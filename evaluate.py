@@ -31,12 +31,12 @@ QUESTION = "Please briefly answer the following question.\nQuestion: {query}\n"
 
 
 def read_probes(root: Path, target: str) -> dict[str, list[dict]]:
-    """All probes of a target, by score: rows with query, answers (a list) and, for forget_aa, type. Raises BadInput."""
-    probes = {}
-    for score, (file, _) in SETS.items():
-        probes[score] = [{"query": row.get("query") or row["question"], "answers": row.get("answers") or [row["answer"]],
-                          "type": row.get("type", "")} for row in data.read_set(root, target, file)]
-    return probes
+    """All probes of a target, by score: rows with query, answers (a list) and RWKU's type. Raises BadInput."""
+    def probe(row: dict) -> dict:
+        return {"query": row.get("query") or row["question"], "answers": row.get("answers") or [row["answer"]],
+                "type": row.get("type", "")}
+
+    return {score: [probe(row) for row in data.read_set(root, target, file)] for score, (file, _) in SETS.items()}
 
 
 def make_prompt(score: str, probe: dict, tokenizer) -> str:
@@ -54,7 +54,7 @@ def make_prompt(score: str, probe: dict, tokenizer) -> str:
 
 
 @torch.inference_mode()
-def answer(llm, tokenizer, prompts: list[str], batch: int = 32, tokens: int = 30) -> list[str]:
+def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30) -> list[str]:
     """The model's greedy answers of up to `tokens` tokens, cut where RWKU cuts them. Longest prompts go first."""
     stops = [tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, ("<|eot_id|>", " \n", "\n"))]
     stops = torch.tensor([stop for stop in stops if stop is not None], device=llm.device)
@@ -74,7 +74,7 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 32, tokens: int = 30
 
 
 @torch.inference_mode()
-def gold_probability(llm, tokenizer, prompts: list[str], golds: list[str], batch: int = 32) -> list[float]:
+def gold_probability(llm, tokenizer, prompts: list[str], golds: list[str], batch: int = 80) -> list[float]:
     """The probability that the model gives each gold answer: the geometric mean over the answer's tokens.
 
     It moves before the greedy answer does. Not part of RWKU.
@@ -91,7 +91,7 @@ def gold_probability(llm, tokenizer, prompts: list[str], golds: list[str], batch
         hidden = llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state                # (B, T, D)
         for row, (i, head, tail) in enumerate(zip(chosen, heads, tails)):
             at = slice(len(head) - 1, len(head) + len(tail) - 1)  # the position before each token of the answer
-            logits = llm.get_output_embeddings()(hidden[row, at]).float()                           # (tail, vocabulary)
+            logits = llm.get_output_embeddings()(hidden[row, at]).float()                             # (tail, V)
             logp = logits.log_softmax(-1).gather(1, torch.tensor(tail, device=llm.device)[:, None])  # (tail, 1)
             found[i] = logp.mean().exp().item()
     return found
@@ -100,7 +100,7 @@ def gold_probability(llm, tokenizer, prompts: list[str], golds: list[str], batch
 def rouge_l_recall(said: str, gold: str) -> float:
     """ROUGE-L recall in [0, 1] as the package `rouge` 1.0.1 computes it, which is RWKU's score.
 
-    Text is split into sentences at ".", then at blanks; case and punctuation count; what counts is the set of the gold
+    Text is split into sentences at ".", then at blanks; case and punctuation count. Counted is the set of the gold
     answer's words that lie on a longest common subsequence with any sentence of `said`. An empty `said` counts as
     "NOANSWER"; one of dots alone, on which the package raises, scores 0.
     """
@@ -133,7 +133,7 @@ def common_subsequence(a: list[str], b: list[str]) -> list[str]:
     return found
 
 
-def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch: int = 32) -> tuple[dict, list[dict]]:
+def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch: int = 80) -> tuple[dict, list[dict]]:
     """Ask every probe. Returns (scores, rows): the SCORES and the gold probabilities in percent, and each probe's
     prompt, answer, score and gold probability.
 
@@ -152,7 +152,7 @@ def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch: int = 32) -> 
 
 
 def summary(rows: list[dict]) -> dict:
-    """Mean score of each set, forget_all and neighbor_all by RWKU's weights, and the mean gold probability, in percent."""
+    """Each set's mean score and gold probability, and the two "all" by RWKU's weights, in percent."""
     def mean(score: str, field: str) -> float:
         values = [row[field] for row in rows if row["set"] == score]
         return 100 * sum(values) / len(values)
@@ -169,9 +169,11 @@ def summary(rows: list[dict]) -> dict:
 
 def table(rows: dict[str, dict]) -> str:
     """Scores as aligned text: one line for each of `rows` (name -> scores)."""
-    width = max(map(len, rows), default=0) + 2
-    head = " " * width + "".join(f"{name.replace('neighbor', 'neigh').replace('_', ' '):>12}" for name in SCORES)
-    return "\n".join([head] + [f"{name:<{width}}" + "".join(f"{scores[s]:12.1f}" for s in SCORES) for name, scores in rows.items()])
+    width = max(map(len, rows), default=0)
+    lines = [" " * width + "".join(f"{name.replace('_', ' '):>14}" for name in SCORES)]
+    for name, scores in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{scores[score]:14.1f}" for score in SCORES))
+    return "\n".join(lines)
 
 
 def plot(file: Path, panels: list[dict]) -> None:
@@ -179,7 +181,8 @@ def plot(file: Path, panels: list[dict]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False, layout="constrained")
+    size = (5.2 * len(panels), 4)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels):
         for label, (xs, ys) in panel["lines"].items():
             axis.plot(xs, ys, marker="o" if len(xs) < 25 else None, markersize=4, label=label)
@@ -192,15 +195,22 @@ def plot(file: Path, panels: list[dict]) -> None:
     partial.replace(file)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Score a model on RWKU's probes: forget, neighbour and general scores, in percent.")
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Score a model on RWKU's probes: forget, neighbour and general scores, in percent.")
     parser.add_argument("--model", required=True, help="a saved model's folder, a packaged model's name or a hub id")
     parser.add_argument("--target", required=True, help="the person, as in RWKU, in any case")
     parser.add_argument("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--batch", type=int, default=32, help="prompts at a time (default: 32)")
+    parser.add_argument("--batch", type=int, default=80, help="prompts at a time (default: 80)")
     parser.add_argument("--json", type=Path, help="write the scores, and every prompt, answer and score, to this file")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code 0: done; 2: bad input or out of memory."""
+    args = arguments(argv)
     try:
         if args.batch < 1:
             raise data.BadInput(f"--batch {args.batch}: must be at least 1")
@@ -217,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(table({target: scores}))
     if args.json:
-        data.write_json(args.json, {"model": args.model, "target": target, "rwku": args.rwku, **scores, "probes": rows})
+        what = {"model": args.model, "target": target, "rwku": args.rwku}
+        data.write_json(args.json, what | scores | {"probes": rows})
     return 0
 
 

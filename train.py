@@ -1,4 +1,6 @@
-"""Align-then-Unlearn (arXiv 2506.13181) from a name to a model that forgot it: `python train.py --target "Warren Buffett"`.
+"""Align-then-Unlearn (arXiv 2506.13181), from a name to a model that forgot it.
+
+    python train.py --target "Warren Buffett"
 
 Presets, command line, the stage loop of Sec. 4.3 (tau is lowered stage by stage, every stage is scored), log,
 figures and the saved model. The method itself is in atu.py, the equations in losses.py.
@@ -40,7 +42,8 @@ class Config:
     corpus: str = option("positive", "RWKU's file of forget texts: positive, positive_phi or passage")
     describe: str = option("", "the concept's description, which the encoder embeds (default: the target's name)")
     others: int = option(5, "targets whose texts stand beside the target's, to align E on and to retain")
-    texts: int = option(32, "texts of each target at most")
+    texts: int = option(32, "the target's texts at most")
+    other_texts: int = option(12, "texts of each other target at most")
     length: int = option(96, "T: tokens of a text")
     window: int = option(8, "k: tokens in a future window")
     layer: int = option(20, "the block whose output is h_t; blocks 1 to this one move")
@@ -56,14 +59,15 @@ class Config:
     inactive: float = option(0.02, "a stage ends when at most this share of positions is above tau")
     patience: int = option(4, "batches over which that share is taken")
     retain_weight: float = option(16.0, "weight of the retain term (ours; 0 is the paper)")
+    near: int = option(32, "half of a retain batch comes from this many texts, the nearest to the concept; 0: none")
     optimizer: str = option("adamw", "M's optimizer: adamw or sgd")
     llm_lr: float = option(3e-5, "learning rate of M")
     head_lr: float = option(1e-3, "learning rate of E (Adam)")
     clip: float = option(1.0, "gradients are clipped to this norm")
-    stop_at: float = option(0.25, "stop after the stage whose forget_all is at most this share of the score before; 0: never")
+    stop_at: float = option(0.25, "stop after the stage that brings forget_all to this share of what it was; 0: never")
     bf16: bool = option(True, "compute in bf16 (weights stay fp32); off where the CPU has no bf16 instructions")
     eval_batch: int = option(80, "prompts at a time when answering")
-    log_every: int = option(10, "steps between two lines of the log")
+    log_every: int = option(20, "steps between two lines of the log")
     seed: int = option(0, "of E's weights and of the batches")
     device: str = option("auto", "auto, cpu or cuda")
     out: str = option("", "folder of the run (default: runs/<target>)")
@@ -72,8 +76,8 @@ class Config:
 SMOL = Config(preset="smol")
 PHI3 = Config(  # the authors' settings, as read from their code
     preset="phi3", model="microsoft/Phi-3-mini-4k-instruct", encoder="sentence-transformers/all-mpnet-base-v2",
-    rwku="hub", corpus="positive_phi", others=3, texts=10_000, length=256, layer=29, head_depth=6, head_width=768,
-    batch=16, align_batch=16, align_steps=15_000, realign_steps=1000, unlearn_steps=1000,
+    rwku="hub", corpus="positive_phi", others=3, texts=10_000, other_texts=10_000, length=256, layer=29, head_depth=6,
+    head_width=768, batch=16, align_batch=16, align_steps=15_000, realign_steps=1000, unlearn_steps=1000,
     taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), retain_weight=0.0, optimizer="sgd", llm_lr=3e-4,
     head_lr=1e-4, log_every=50)
 PRESETS = {"smol": SMOL, "phi3": PHI3}
@@ -87,12 +91,16 @@ def parse(argv: list[str] | None) -> Config:
         formatter_class=argparse.RawTextHelpFormatter)
     for item in dataclasses.fields(Config):
         smol, phi3 = (getattr(preset, item.name) for preset in (SMOL, PHI3))
-        shown = "" if smol == "" or item.name == "preset" else f"\n[{smol}]" if smol == phi3 else f"\n[smol {smol}; phi3 {phi3}]"
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(smol, bool) else (
-            {"type": float, "nargs": "+", "metavar": "TAU"} if isinstance(smol, tuple) else
-            {"type": type(smol), "metavar": item.name.upper()})
-        parser.add_argument(f"--{item.name.replace('_', '-')}", help=item.metadata["help"] + shown,
-                            default=argparse.SUPPRESS, required=item.name == "target", **kind)
+        shown = f"\n[{smol}]" if smol == phi3 else f"\n[smol {smol}; phi3 {phi3}]"
+        if isinstance(smol, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(smol, tuple):
+            kind = {"type": float, "nargs": "+", "metavar": "TAU"}
+        else:
+            kind = {"type": type(smol), "metavar": item.name.upper()}
+        explained = item.metadata["help"] + (shown if smol != "" and item.name != "preset" else "")
+        parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, help=explained,
+                            required=item.name == "target", **kind)
     given = vars(parser.parse_args(argv))
     if "taus" in given:
         given["taus"] = tuple(given["taus"])
@@ -108,7 +116,7 @@ def parse(argv: list[str] | None) -> Config:
 
 
 def choose_preset(name: str) -> tuple[str, str]:
-    """(preset, why) for --preset. `auto` takes phi3 where a CUDA device has the memory for it. Raises data.BadInput."""
+    """(preset, why) for --preset; `auto` takes phi3 where a CUDA device has the memory for it. Raises data.BadInput."""
     if name in PRESETS:
         return name, "asked for"
     if name != "auto":
@@ -123,12 +131,12 @@ def choose_preset(name: str) -> tuple[str, str]:
 
 def check(config: Config) -> None:
     """Raises data.BadInput for the first setting that is out of its range."""
-    for name, least in {"window": 1, "length": 2, "batch": 1, "align_batch": 1, "layer": 1, "head_depth": 1, "head_width": 8, "texts": 1,
-                        "others": 1, "align_steps": 1, "realign_steps": 0, "unlearn_steps": 1, "patience": 1,
-                        "retain_weight": 0, "llm_lr": 0, "head_lr": 0, "inactive": 0, "stop_at": 0, "eval_batch": 1,
-                        "log_every": 1, "seed": 0}.items():
-        if not getattr(config, name) >= least:
-            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    least = dict.fromkeys(("window", "batch", "align_batch", "layer", "head_depth", "texts", "other_texts", "others",
+                           "align_steps", "unlearn_steps", "patience", "eval_batch", "log_every"), 1)
+    least |= dict.fromkeys(("realign_steps", "near", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed"), 0)
+    for name, bound in (least | {"length": 2, "head_width": 8}).items():
+        if not getattr(config, name) >= bound:
+            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")
     for tau in config.taus:
         if not -1 <= tau <= 1:
             raise data.BadInput(f"--taus {tau}: a cosine similarity, so it must lie in [-1, 1]")
@@ -149,7 +157,7 @@ def claim(out: Path) -> None:
         (out / ".probe").touch()
         (out / ".probe").unlink()
     except OSError as error:
-        raise data.BadInput(f"--out {out}: cannot be written ({error.strerror}); name another folder with --out") from error
+        raise data.BadInput(f"--out {out}: cannot be written ({error.strerror}); name another with --out") from error
 
 
 def load(config: Config):
@@ -159,7 +167,7 @@ def load(config: Config):
     probes = evaluate.read_probes(root, target)
     about = [row["text"] for row in data.read_set(root, target, config.corpus)][:config.texts]
     others = [row["text"] for other in [name for name in data.targets(root) if name != target][:config.others]
-              for row in data.read_set(root, other, config.corpus)[:config.texts]] + data.general_texts(root)
+              for row in data.read_set(root, other, config.corpus)[:config.other_texts]] + data.general_texts(root)
     llm, tokenizer = data.load_llm(config.model, config.device)
     blocks = llm.config.num_hidden_layers
     if config.layer > blocks:
@@ -173,7 +181,7 @@ def load(config: Config):
 
 
 def run(config: Config) -> dict:
-    """One run of Sec. 4.3, from the weights to the saved model. Returns what results.json holds. Raises data.BadInput."""
+    """One run of Sec. 4.3, from weights to saved model; returns what results.json holds. Raises data.BadInput."""
     out, began = Path(config.out), time.perf_counter()
     claim(out)
     try:
@@ -232,9 +240,10 @@ def line(record: dict) -> str:
 
 
 def levels(stages: list[dict]) -> dict:
-    """Table 1: the first stage whose mean forget accuracy (FB, QA, AA) is below 50, 35 and 20 %; None where none is."""
+    """Table 1: the first stage whose mean forget accuracy is below 50, 35 and 20 %; None where none is."""
     def accuracy(stage: dict) -> float:
         return (stage["forget_fb"] + stage["forget_qa"] + stage["forget_aa"]) / 3
+
     return {str(level): next((stage for stage in stages if accuracy(stage) < level), None) for level in (50, 35, 20)}
 
 
@@ -244,7 +253,8 @@ def versions() -> dict:
     import transformers
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "sentence_transformers": sentence_transformers.__version__, "machine": device, "threads": torch.get_num_threads()}
+            "sentence_transformers": sentence_transformers.__version__, "device": device,
+            "threads": torch.get_num_threads()}
 
 
 def save(out: Path, llm, tokenizer, head, config: Config, results: dict) -> None:
@@ -264,15 +274,16 @@ def panels(before: dict, stages: list[dict], steps: list[dict]) -> list[dict]:
     unlearning = [s for s in steps if s["kind"] == "unlearn"]
     aligning = [s for s in steps if s["kind"] == "align"]
     scores = [before, *stages]
+    kept = ("neighbor_all", "general")
     return [
         {"title": "similarity and loss by step", "x": "step", "y": "", "lines": {
             "alignment loss (Eq. 1)": ([s["step"] for s in aligning], [s["loss"] for s in aligning]),
             "unlearning loss (Eq. 3)": ([s["step"] for s in unlearning], [s["loss"] for s in unlearning]),
             "similarity to the concept": ([s["step"] for s in unlearning], [s["similarity"] for s in unlearning])}},
         {"title": "accuracy by stage", "x": "stage", "y": "%", "lines": {
-            name: (list(range(len(scores))), [s[name] for s in scores]) for name in ("forget_all", "neighbor_all", "general")}},
+            name: (list(range(len(scores))), [s[name] for s in scores]) for name in ("forget_all", *kept)}},
         {"title": "forgetting and what else is lost", "x": "forget_all (%)", "y": "%", "lines": {
-            name: ([s["forget_all"] for s in scores], [s[name] for s in scores]) for name in ("neighbor_all", "general")}},
+            name: ([s["forget_all"] for s in scores], [s[name] for s in scores]) for name in kept}},
     ]
 
 
@@ -282,29 +293,34 @@ def report(results: dict, before: list[dict], after: list[dict], out: Path) -> N
     rows |= {f"tau {stage['record']['tau']:g}": stage for stage in results["stages"]}
     print("\n" + evaluate.table(rows | {"after": results["after"]}))
     for level, stage in results["levels"].items():
-        print(f"level | mean forget accuracy below {level} % | " + (f"first at tau {stage['record']['tau']:g}" if stage else "not reached"))
+        reached = f"first at tau {stage['record']['tau']:g}" if stage else "not reached"
+        print(f"level | mean forget accuracy below {level} % | {reached}")
     for key, value in results["recovery"].items():
-        print(f"recovery | {key} | fresh head on the untouched model {value['untouched']:.3f} | on the unlearned one {value['unlearned']:.3f}")
+        print(f"recovery | {key} | fresh head on the untouched model {value['untouched']:.3f} | "
+              f"on the unlearned one {value['unlearned']:.3f}")
     print()
     for kind, i in illustrations(before):
         print(f"{kind}\n  Q: {before[i]['query']}\n  before: {before[i]['said']!r}\n  after:  {after[i]['said']!r}")
-    print(f"\nsaved | {out}/model, head.safetensors, config.json, results.json, curves.png | {results['seconds']:.0f} s")
+    files = "model, head.safetensors, config.json, results.json, log.jsonl, curves.png"
+    print(f"\nsaved | {out}: {files} | {results['seconds']:.0f} s")
 
 
 def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
-    """Fig. 1: (kind, place in `before`) of `count` questions answered before, each exact, rephrased, and with words
-    in common but about something else."""
+    """Fig. 1: (kind, place in `before`) for `count` questions answered before: asked exactly, rephrased (an adversarial
+    probe with the same answer), and a question about something else that shares the most words."""
     def words(i: int) -> set[str]:
         return set(re.findall(r"\w+", before[i]["query"].casefold()))
 
-    def best(i: int, candidates: list[int], same_answer: bool) -> int:
-        return max(candidates, key=lambda j: (
-            same_answer and before[j]["answers"] == before[i]["answers"], before[j]["score"] >= 0.5, len(words(i) & words(j))))
-
     places = {name: [i for i, row in enumerate(before) if row["set"] == name] for name in evaluate.SETS}
-    exact = sorted(places["forget_qa"], key=lambda i: (-before[i]["score"], -before[i]["gold"]))[:count]
-    return [shown for i in exact for shown in (
-        ("exact", i), ("rephrased", best(i, places["forget_aa"], True)), ("other concept", best(i, places["neighbor_qa"], False)))]
+    shown = []
+    for i in sorted(places["forget_qa"], key=lambda i: (-before[i]["score"], -before[i]["gold"]))[:count]:
+        def likeness(j: int) -> tuple:
+            return before[j]["score"] >= 0.5, len(words(i) & words(j))
+
+        same = [j for j in places["forget_aa"] if before[j]["answers"] == before[i]["answers"]]
+        shown += [("exact", i), ("rephrased", max(same or places["forget_aa"], key=likeness)),
+                  ("other concept", max(places["neighbor_qa"], key=likeness))]
+    return shown
 
 
 def main(argv: list[str] | None = None) -> int:

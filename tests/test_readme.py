@@ -1,0 +1,39 @@
+"""The README's links lead to the functions that they name, and its commands' flags exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+COMMANDS = re.findall(r"^python (\w+)\.py (.*--target .*)$", README, re.MULTILINE)
+
+
+def test_there_are_links_and_commands():
+    assert len(LINKS) >= 12 and {name for name, _ in COMMANDS} == {"train", "evaluate"}
+
+
+@pytest.mark.parametrize("name, file, number", LINKS)
+def test_links_lead_to_what_they_name(name, file, number):
+    line = (ROOT / file).read_text().splitlines()[int(number) - 1]
+    assert re.match(rf"(def|class) {name}\b", line)
+
+
+@pytest.mark.parametrize("command, flags", COMMANDS)
+def test_commands_parse(command, flags, capsys):
+    arguments = shlex.split(flags)
+    if command == "train":
+        assert train.parse(arguments).target
+    else:
+        assert evaluate.arguments(arguments).target
+
+
+def test_files_named_exist():
+    for path in re.findall(r"\]\((assets/[^)#]+)\)", README):
+        assert (ROOT / path).exists(), path

@@ -338,7 +338,8 @@ def make_corpus(about: list[str], others: list[str], tokenizer, encoder, window:
     input_ids, mask = tokenize(texts, tokenizer, length)
     windows, index, valid = future_windows(input_ids, mask, window, tokenizer)
     if not windows:
-        raise BadInput(f"--window {window}: no text is longer than that (the longest: {mask.sum(1).max()} tokens); lower it")
+        longest = int(mask.sum(1).max())
+        raise BadInput(f"--window {window}: no text is longer than that (the longest: {longest} tokens); lower it")
     return Corpus(input_ids, mask, index, valid, torch.arange(len(texts)) < len(about), embed(windows, encoder))
 
 

@@ -5,7 +5,9 @@
     general                            open questions on general knowledge
 
 Prompts, decoding and score are RWKU's (Jin et al. 2024, and its evaluation code): greedy, 30 tokens, ROUGE-L recall.
-As a command it scores any saved model: `python evaluate.py --model runs/warren-buffett/model --target "Warren Buffett"`.
+As a command it scores any saved model:
+
+    python evaluate.py --model runs/warren-buffett/model --target "Warren Buffett"
 """
 
 import argparse

@@ -1,0 +1,54 @@
+"""What assets/sample promises: enough probes of every kind, answers not in the question, neighbours in no text."""
+
+import re
+
+import pytest
+
+import data
+import evaluate
+
+ROOT = data.SAMPLE
+NAMES = sorted(data.targets(ROOT))
+SMALL_WORDS = {"the", "a", "an", "of", "in", "on", "and", "at", "to", "for", "by", "da", "de", "is", "was", "were", "he",
+               "she", "it", "his", "her", "with", "from", "as", "or"}
+
+
+def words(text):
+    return set(re.findall(r"\w+", text.casefold())) - SMALL_WORDS
+
+
+def texts():
+    return [row["text"] for name in NAMES for row in data.read_set(ROOT, name, "positive")] + data.general_texts(ROOT)
+
+
+def test_six_people():
+    assert NAMES == ["Abraham Lincoln", "Albert Einstein", "Charles Darwin", "Leonardo da Vinci", "Warren Buffett",
+                     "William Shakespeare"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_probes(name):
+    probes = evaluate.read_probes(ROOT, name)
+    counts = {score: len(rows) for score, rows in probes.items()}
+    assert counts["forget_fb"] >= 10 and counts["forget_qa"] >= 10 and counts["forget_aa"] >= 18
+    assert counts["neighbor_fb"] == counts["neighbor_qa"] == 20 and counts["general"] == 60
+    assert len({row["type"].split(" (")[0] for row in probes["forget_aa"]}) == 9
+    for score, rows in probes.items():
+        assert len({row["query"] + row["type"] for row in rows}) == len(rows)
+        for row in rows:
+            assert not any(words(row["query"]) & words(answer) for answer in row["answers"]), row
+            assert not score.endswith("_fb") or "___" in row["query"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_text_of_a_run_names_a_neighbour(name):
+    everything = "\n".join(texts())
+    for level in (1, 2):
+        for row in data.read_set(ROOT, name, f"neighbor_level{level}"):
+            assert not re.search(rf"(?<!\w){re.escape(row['neighbor'])}(?!\w)", everything), row["neighbor"]
+            assert not words(name) & words(row["query"])
+
+
+def test_general_texts_name_none_of_the_six():
+    surnames = r"\b(Leonardo|Shakespeare|Einstein|Lincoln|Darwin|Buffett)\b"
+    assert not [text for text in data.general_texts(ROOT) if re.search(surnames, text)]

@@ -189,6 +189,9 @@ def plot(file: Path, panels: list[dict]) -> None:
         for label, (xs, ys) in panel["lines"].items():
             axis.plot(xs, ys, marker="o" if len(xs) < 25 else None, markersize=4, label=label)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if panel["y"] == "%":
+            axis.set_ylim(0, 104)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     partial = file.with_name(f".{file.name}")

@@ -67,7 +67,7 @@ class Config:
     stop_at: float = option(0.25, "stop after the stage that brings forget_all to this share of what it was; 0: never")
     bf16: bool = option(True, "compute in bf16 (weights stay fp32); off where the CPU has no bf16 instructions")
     eval_batch: int = option(80, "prompts at a time when answering")
-    log_every: int = option(20, "steps between two lines of the log")
+    log_every: int = option(10, "steps between two lines of the log")
     seed: int = option(0, "of E's weights and of the batches")
     device: str = option("auto", "auto, cpu or cuda")
     out: str = option("", "folder of the run (default: runs/<target>)")
@@ -277,7 +277,7 @@ def panels(before: dict, stages: list[dict], steps: list[dict]) -> list[dict]:
     scores = [before, *stages]
     kept = ("neighbor_all", "general")
     return [
-        {"title": "similarity and loss by step", "x": "step", "y": "", "lines": {
+        {"title": "loss and similarity by step", "x": "step", "y": "", "lines": {
             "alignment loss (Eq. 1)": ([s["step"] for s in aligning], [s["loss"] for s in aligning]),
             "unlearning loss (Eq. 3)": ([s["step"] for s in unlearning], [s["loss"] for s in unlearning]),
             "similarity to the concept": ([s["step"] for s in unlearning], [s["similarity"] for s in unlearning])}},

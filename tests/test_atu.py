@@ -11,7 +11,7 @@ import train
 from conftest import make_llm
 
 CONFIG = dataclasses.replace(train.SMOL, layer=2, head_depth=1, head_width=32, batch=4, align_steps=40, realign_steps=5,
-                             unlearn_steps=15, taus=(0.0, -0.2), bf16=False, llm_lr=1e-3, head_lr=3e-3, log_every=5)
+                             unlearn_steps=15, taus=(0.0, -0.2), bf16=False, retain_weight=1.0, llm_lr=1e-3, head_lr=3e-3, log_every=5)
 
 
 def weights(module):

@@ -301,7 +301,8 @@ def report(results: dict, before: list[dict], after: list[dict], out: Path) -> N
               f"on the unlearned one {value['unlearned']:.3f}")
     print()
     for kind, i in illustrations(before):
-        print(f"{kind}\n  Q: {before[i]['query']}\n  before: {before[i]['said']!r}\n  after:  {after[i]['said']!r}")
+        said = [" ".join(asked[i]["said"].split()) for asked in (before, after)]
+        print(f"{kind}\n  Q: {before[i]['query']}\n  before: {said[0]}\n  after:  {said[1]}")
     files = "model, head.safetensors, config.json, results.json, log.jsonl, curves.png"
     print(f"\nsaved | {out}: {files} | {results['seconds']:.0f} s")
 
@@ -314,7 +315,8 @@ def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
 
     places = {name: [i for i, row in enumerate(before) if row["set"] == name] for name in evaluate.SETS}
     shown = []
-    for i in sorted(places["forget_qa"], key=lambda i: (-before[i]["score"], -before[i]["gold"]))[:count]:
+    known = sorted(places["forget_qa"], key=lambda i: (before[i]["score"], before[i]["gold"]))
+    for i in list({before[i]["answers"][0]: i for i in known}.values())[-count:]:  # different answers, best known last
         def likeness(j: int) -> tuple:
             return before[j]["score"] >= 0.5, len(words(i) & words(j))
 

@@ -68,11 +68,13 @@ def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corp
     state = atu.start(llm, corpus.table.shape[1], config)
     hidden = atu.cached_hidden_states(llm, corpus.input_ids, config)
     run(atu.align(state, corpus, hidden, 40, config))
+    state.head.zero_grad()
     before_llm, before_head = weights(llm), weights(state.head)
     start = atu.similarities(state.head, hidden, concept, corpus, config)
     run(atu.unlearn(state, concept, corpus, hidden, -1.0, config))
     after = atu.similarities(state.head, atu.cached_hidden_states(llm, corpus.input_ids, config), concept, corpus, config)
     assert moved(before_head, state.head) == set()
+    assert all(p.grad is None for p in state.head.parameters())
     allowed = {name for name in before_llm if name.startswith(("model.layers.0.", "model.layers.1."))}
     if train_embeddings:
         allowed.add("model.embed_tokens.weight")

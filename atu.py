@@ -127,7 +127,7 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
     about the concept (not in the paper; with `retain_weight` 0 they are not touched).
     Ends when at most `inactive` of the positions of the last `patience` batches were above the margin, or after
     `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
-    Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, patience.
+    Reads layer, batch, clip, bf16, log_every, retain_weight, near, unlearn_steps, inactive, patience.
     """
     device, recent = state.llm.device, deque(maxlen=config.patience)
     about, others = corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]

@@ -215,7 +215,7 @@ def run(config: Config) -> dict:
         stopped = str(error)
         print(f"stopped | {stopped}; the weights before that step are kept", flush=True)
 
-    fresh = atu.recovery(llm, concept, corpus, config)
+    fresh = {} if stopped else atu.recovery(llm, concept, corpus, config)
     recovery = {key: {"untouched": aligned[key], "unlearned": fresh[key]} for key in fresh}
     results = {"target": target, "settings": dataclasses.asdict(config), "versions": versions(), "seed": config.seed,
                "before": before, "stages": stages, "after": after, "levels": levels(stages), "recovery": recovery,

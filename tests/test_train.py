@@ -80,11 +80,12 @@ def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch):
     assert results["levels"]["20"] is None
 
 
-def test_a_loss_that_is_not_finite_keeps_what_was_last_good(arguments, monkeypatch, tmp_path):
+@pytest.mark.parametrize("phase", ["align", "unlearn"])
+def test_a_loss_that_is_not_finite_keeps_what_was_last_good(arguments, monkeypatch, tmp_path, phase):
     def broken(*_):
         raise atu.NotFinite("loss nan, or its gradient, is not finite")
         yield
-    monkeypatch.setattr(atu, "unlearn", broken)
+    monkeypatch.setattr(atu, phase, broken)
     assert train.main([*arguments(), *SMALL]) == 1
     assert "not finite" in json.loads((tmp_path / "run" / "results.json").read_text())["stopped"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

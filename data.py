@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -263,10 +264,16 @@ def general_texts(root: Path) -> list[str]:
 
 
 def _read(file: Path, name: str) -> list[dict]:
+    """The rows of one of RWKU's files, with the fields of `name`. A file that has not changed is parsed once."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        return _parse(file, name, file.stat().st_mtime_ns)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadInput(f"{file}: not readable as JSON ({error})") from error
+
+
+@cache
+def _parse(file: Path, name: str, changed: int) -> list[dict]:
+    rows = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or not rows:
         raise BadInput(f"{file}: empty; it must hold a list of rows")
     for number, row in enumerate(rows):
@@ -389,7 +396,22 @@ def choose_device(name: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------------------------------------- the model's own texts
+# ---------------------------------------------------------------------------------------------- what the model writes
+
+@torch.inference_mode()
+def generate(llm, tokenizer, prompts: list[str], tokens: int, batch: int, show: str, **how) -> list[Tensor]:
+    """The ids that the model adds to each prompt, (tokens,) long or fewer; `how` goes to transformers' generate.
+
+    `show` names the progress bar. The tokenizer is left as it was.
+    """
+    added, side, tokenizer.padding_side = [], tokenizer.padding_side, "left"
+    for start in tqdm(range(0, len(prompts), batch), desc=show, leave=False, disable=None):
+        turn = tokenizer(prompts[start:start + batch], return_tensors="pt", padding=True).to(llm.device)  # (B, T)
+        out = llm.generate(**turn, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, **how)
+        added += out[:, turn["input_ids"].shape[1]:].cpu()                                     # B of (tokens,)
+    tokenizer.padding_side = side
+    return added
+
 
 def biography_prompt(subject: str, intro: str) -> list[dict]:
     """RWKU's recipe for its forget corpus, as chat turns (Jin et al. 2024)."""
@@ -402,18 +424,12 @@ def write_passages(llm, tokenizer, chats: list[list[dict]], seed: int, tokens: i
 
     Equal chats give different texts. Seeded by `seed` alone; the global random state is left as it was.
     """
-    texts, side = [], tokenizer.padding_side
-    tokenizer.padding_side = "left"
-    with torch.random.fork_rng(), torch.inference_mode():
+    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start in tqdm(range(0, len(chats), batch), desc="writing passages", disable=None):
-            prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-                       for chat in chats[start:start + batch]]
-            turn = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(llm.device)
-            out = llm.generate(**turn, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_p=0.9, top_k=0)
-            texts += tokenizer.batch_decode(out[:, turn["input_ids"].shape[1]:], skip_special_tokens=True)
-    tokenizer.padding_side = side
-    return [text.strip() for text in texts]
+        rows = generate(llm, tokenizer, prompts, tokens, batch, "writing passages",
+                        do_sample=True, temperature=1.0, top_p=0.9, top_k=0)
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,23 +55,18 @@ def make_prompt(score: str, probe: dict, tokenizer) -> str:
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + suffix
 
 
-@torch.inference_mode()
 def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30) -> list[str]:
     """The model's greedy answers of up to `tokens` tokens, cut where RWKU cuts them. Longest prompts go first."""
     stops = [tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, ("<|eot_id|>", " \n", "\n"))]
-    stops = torch.tensor([stop for stop in stops if stop is not None], device=llm.device)
-    answers, side, tokenizer.padding_side = [""] * len(prompts), tokenizer.padding_side, "left"
+    stops = torch.tensor([stop for stop in stops if stop is not None])
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    for start in tqdm(range(0, len(order), batch), desc="answers", leave=False, disable=None):
-        chosen = order[start:start + batch]
-        turn = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True).to(llm.device)
-        out = llm.generate(**turn, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                           temperature=None, top_p=None, top_k=None)[:, turn["input_ids"].shape[1]:]  # (B, tokens)
-        for i, row in zip(chosen, out):
-            ended = torch.isin(row, stops).nonzero()
-            row = row[:ended[0]] if len(ended) else row
-            answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    tokenizer.padding_side = side
+    rows = data.generate(llm, tokenizer, [prompts[i] for i in order], tokens, batch, "answers",
+                         do_sample=False, temperature=None, top_p=None, top_k=None)
+    answers = [""] * len(prompts)
+    for i, row in zip(order, rows):
+        ended = torch.isin(row, stops).nonzero()
+        row = row[:ended[0]] if len(ended) else row
+        answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return answers
 
 

@@ -11,8 +11,10 @@ import dataclasses
 import json
 import platform
 import re
+import shutil
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,8 +151,12 @@ def check(config: Config) -> None:
         raise data.BadInput(f"--corpus {config.corpus}: unknown; there are positive, positive_phi and passage")
 
 
-def claim(out: Path) -> None:
-    """Make the folder of the run. Raises data.BadInput if it cannot be written or already holds something."""
+@contextmanager
+def claimed(out: Path):
+    """The new folder of a run, for as long as the run lasts; bad input or out of memory in it takes it away again.
+
+    Raises data.BadInput if it cannot be written or already holds something.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
@@ -159,6 +165,12 @@ def claim(out: Path) -> None:
         (out / ".probe").unlink()
     except OSError as error:
         raise data.BadInput(f"--out {out}: cannot be written ({error.strerror}); name another with --out") from error
+    try:
+        with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch"):
+            yield
+    except data.BadInput:
+        shutil.rmtree(out)
+        raise
 
 
 def load(config: Config):
@@ -182,14 +194,12 @@ def load(config: Config):
 
 
 def run(config: Config) -> dict:
-    """One run of Sec. 4.3, from weights to saved model; returns what results.json holds. Raises data.BadInput."""
+    """One run of Sec. 4.3, from weights to what is saved in `config.out`, a folder that is there.
+
+    Returns what results.json holds. Raises data.BadInput.
+    """
     out, began = Path(config.out), time.perf_counter()
-    claim(out)
-    try:
-        llm, tokenizer, probes, corpus, concept, target = load(config)
-    except data.BadInput:
-        out.rmdir()
-        raise
+    llm, tokenizer, probes, corpus, concept, target = load(config)
     log = open(out / "log.jsonl", "w", encoding="utf-8")
 
     before, asked_before = score(llm, tokenizer, probes, config)
@@ -329,8 +339,9 @@ def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit code 0: done; 1: stopped by a loss that is not finite; 2: bad input or out of memory."""
     try:
-        with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch"):
-            return 1 if run(parse(argv))["stopped"] else 0
+        config = parse(argv)
+        with claimed(Path(config.out)):
+            return 1 if run(config)["stopped"] else 0
     except data.BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,7 @@
 """The real run, as the README's command makes it: SmolLM2-135M forgets Leonardo da Vinci."""
 
+import json
+
 import pytest
 
 import train
@@ -8,7 +10,9 @@ import train
 @pytest.mark.slow
 def test_the_small_model_forgets_leonardo_and_little_else(tmp_path, monkeypatch):
     monkeypatch.undo()  # the user's own cache: the weights are fetched once
-    results = train.run(train.parse(["--target", "Leonardo da Vinci", "--preset", "smol", "--device", "cpu", "--out", str(tmp_path / "run")]))
+    out = tmp_path / "run"
+    assert train.main(["--target", "Leonardo da Vinci", "--preset", "smol", "--device", "cpu", "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
     before, after = results["before"], results["after"]
     assert before["forget_all"] >= 40
     assert after["forget_all"] <= 0.25 * before["forget_all"]

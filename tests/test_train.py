@@ -65,7 +65,7 @@ def test_the_saved_head_fits_the_class(finished):
     EmbeddingHead(32, 16, depth=1, width=32).load_state_dict(load_file(finished / "head.safetensors"))
 
 
-def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch):
+def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
     scores = iter([80.0, 40.0, 20.0, 10.0])
     def fake(*_):
         value = next(scores)
@@ -73,7 +73,8 @@ def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch):
             {"set": name, "query": "Who?", "answers": ["x"], "said": "y", "score": 1.0, "gold": 1.0} for name in evaluate.SETS]
     monkeypatch.setattr(evaluate, "evaluate", fake)
     small = [*SMALL[:SMALL.index("--taus")], *"--taus 0.2 0.1 0 --stop-at 0.25 --preset smol --device cpu".split()]
-    results = train.run(train.parse([*arguments(), *small]))
+    assert train.main([*arguments(), *small]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [stage["forget_all"] for stage in results["stages"]] == [40.0, 20.0]
     assert results["after"]["forget_all"] == 20.0
     assert results["levels"]["50"]["forget_all"] == 40.0 and results["levels"]["35"]["forget_all"] == 20.0
@@ -117,12 +118,13 @@ def test_a_folder_that_holds_a_run_is_refused(arguments, capsys, tmp_path):
     assert (tmp_path / "run" / "results.json").read_text() == "{}"
 
 
-def test_out_of_memory_says_what_to_lower(arguments, capsys, monkeypatch):
+def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, monkeypatch, tmp_path):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(atu, "unlearn", full)
     assert train.main([*arguments(), *SMALL]) == 2
     assert "lower --batch" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("gigabytes, preset", [(None, "smol"), (24, "smol"), (80, "phi3")])

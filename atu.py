@@ -127,11 +127,10 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
     about the concept (not in the paper; with `retain_weight` 0 they are not touched).
     Ends when at most `inactive` of the positions of the last `patience` batches were above the margin, or after
     `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
-    Reads layer, batch, clip, bf16, log_every, retain_weight, near, unlearn_steps, inactive, patience.
+    Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, patience.
     """
     device, recent = state.llm.device, deque(maxlen=config.patience)
     about, others = corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
-    near = others[nearness(corpus, concept)[others].argsort(descending=True)[:config.near]]
     state.head.requires_grad_(False)
     for n in range(1, config.unlearn_steps + 1):
         rows = draw(about, config.batch, state.generator)                                           # (B,)
@@ -143,8 +142,7 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
         forget = unlearning_loss(predicted, concept, mask, tau)
         drift = torch.zeros_like(forget)
         if config.retain_weight:
-            half = draw(near, config.batch // 2, state.generator)
-            kept = torch.cat([half, draw(others, config.batch - len(half), state.generator)])       # (B,)
+            kept = draw(others, config.batch, state.generator)                                      # (B,)
             with autocast(state.llm, config):
                 hidden = hidden_states(state.llm, corpus.input_ids[kept].to(device), config.layer)  # (B, T, D)
             drift = retain_loss(hidden.float(), original[kept.to(device)].float(), corpus.mask[kept].to(device))
@@ -217,12 +215,6 @@ def similarities(head: EmbeddingHead, hidden: Tensor, concept: Tensor, corpus, c
         found[f"similarity_{name}"] = values.mean().item()
         found[f"similarity_{name}_p95"] = values.sort().values[int(0.95 * (len(values) - 1))].item()
     return found
-
-
-def nearness(corpus, concept: Tensor) -> Tensor:
-    """How near each text is to the concept: the mean of sim(e_t, e_unlearn) over its windows, (N,)."""
-    similarity = cosine(corpus.table, concept.cpu())[corpus.index] * corpus.valid    # (N, T)
-    return similarity.sum(1) / corpus.valid.sum(1).clamp_min(1)
 
 
 def draw(rows: Tensor, batch: int, generator: torch.Generator) -> Tensor:

@@ -48,7 +48,7 @@ class Config:
     other_texts: int = option(12, "texts of each other target at most")
     length: int = option(96, "T: tokens of a text")
     window: int = option(8, "k: tokens in a future window")
-    layer: int = option(14, "the block whose output is h_t; blocks 1 to this one move")
+    layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move")
     train_embeddings: bool = option(False, "move the input embedding too (the paper's theta_M)")
     head_depth: int = option(2, "blocks of E")
     head_width: int = option(256, "width of E")
@@ -60,8 +60,7 @@ class Config:
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)")
     inactive: float = option(0.02, "a stage ends when at most this share of positions is above tau")
     patience: int = option(4, "batches over which that share is taken")
-    retain_weight: float = option(16.0, "weight of the retain term (ours; 0 is the paper)")
-    near: int = option(32, "half of a retain batch comes from this many texts, the nearest to the concept; 0: none")
+    retain_weight: float = option(10.0, "weight of the retain term (ours; 0 is the paper)")
     optimizer: str = option("adamw", "M's optimizer: adamw or sgd")
     llm_lr: float = option(3e-5, "learning rate of M")
     head_lr: float = option(1e-3, "learning rate of E (Adam)")
@@ -136,7 +135,7 @@ def check(config: Config) -> None:
     least = dict.fromkeys(("window", "batch", "align_batch", "layer", "head_depth", "texts", "other_texts", "others",
                            "align_steps", "unlearn_steps", "patience", "eval_batch", "log_every"), 1)
     least |= dict.fromkeys(
-        ("realign_steps", "near", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed"), 0)
+        ("realign_steps", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed"), 0)
     for name, bound in (least | {"length": 2, "head_width": 8}).items():
         if not getattr(config, name) >= bound:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")

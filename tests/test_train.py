@@ -143,6 +143,6 @@ def test_every_field_is_a_flag_and_help_names_both_presets(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.parse(["--help"])
     shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and "[smol 14; phi3 29]" in shown
+    assert stopped.value.code == 0 and "[smol 10; phi3 29]" in shown
     for item in dataclasses.fields(train.Config):
         assert f"--{item.name.replace('_', '-')}" in shown

@@ -94,8 +94,9 @@ def hidden_states(llm: nn.Module, input_ids: Tensor, layer: int) -> Tensor:
 def cached_hidden_states(llm: nn.Module, input_ids: Tensor, config) -> Tensor:
     """`hidden_states` of a whole corpus, (N, T) -> (N, T, D), in bf16 where the forward is (`config.bf16`)."""
     with autocast(llm, config):
-        parts = [hidden_states(llm, ids.to(llm.device), config.layer) for ids in input_ids.split(config.batch)]
-    return torch.cat([part.bfloat16() if config.bf16 else part for part in parts])  # (N, T, D)
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        return torch.cat([hidden_states(llm, ids.to(llm.device), config.layer).to(dtype)
+                          for ids in input_ids.split(config.batch)])  # (N, T, D)
 
 
 def align(state: State, corpus, hidden: Tensor, steps: int, config):
@@ -124,7 +125,7 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
     """Eq. 4: θ_M* = argmin E[L_unlearn]. E is frozen; only blocks 1..layer of M run, and only they move.
 
     concept: (E,). original: (N, T, D) hidden states before unlearning, for the retain term on the texts that are not
-    about the concept (not in the paper; with `retain_weight` 0 they are not touched).
+    about the concept (not in the paper; with `retain_weight` 0 they are not touched, and `original` may be None).
     Ends when at most `inactive` of the positions of the last `patience` batches were above the margin, or after
     `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
     Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, patience.
@@ -146,6 +147,7 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
             with autocast(state.llm, config):
                 hidden = hidden_states(state.llm, corpus.input_ids[kept].to(device), config.layer)  # (B, T, D)
             drift = retain_loss(hidden.float(), original[kept.to(device)].float(), corpus.mask[kept].to(device))
+            state.tokens += int(corpus.mask[kept].sum())
         optimize(forget + config.retain_weight * drift, state.llm_optimizer, config.clip)
 
         state.step += 1
@@ -158,6 +160,7 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
                    "retain": drift.item(), "similarity": similarity.mean().item(), "active": sum(recent) / len(recent)}
         if finished:
             break
+    state.llm_optimizer.zero_grad()  # frees the gradients' memory
     state.head.requires_grad_(True)
 
 
@@ -172,7 +175,8 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
     Reads, beside what its parts read, taus, align_steps, realign_steps.
     """
     concept = concept.to(state.llm.device)
-    hidden = original = cached_hidden_states(state.llm, corpus.input_ids, config)                   # (N, T, D)
+    hidden = cached_hidden_states(state.llm, corpus.input_ids, config)                              # (N, T, D)
+    original = hidden if config.retain_weight else None
     for state.stage, tau in enumerate([None, *config.taus]):
         began, step, tokens = time.perf_counter(), state.step, state.tokens
         aligned, unlearned, steps = {}, {}, config.align_steps

@@ -94,7 +94,7 @@ def loading(name: str):
     except (OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{name}: cannot be loaded ({first}); name a local folder or a reachable hub id, "
-                       "or use --preset smol, whose weights need no hub") from error
+                       "or, for train.py, use --preset smol, whose weights need no hub") from error
 
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -284,6 +284,12 @@ def _parse(file: Path, name: str, changed: int) -> list[dict]:
     return rows
 
 
+def check_writable(file: Path, flag: str) -> None:
+    """Raises BadInput, naming the flag, if `file` cannot be written: better before the work than after it."""
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise BadInput(f"{flag} {file}: cannot be written; name a file in a folder that exists and can be written to")
+
+
 def write_json(file: Path, content) -> None:
     """JSON, written whole or not at all."""
     partial = file.with_name(f".{file.name}")
@@ -353,9 +359,11 @@ def make_corpus(about: list[str], others: list[str], tokenizer, encoder, window:
 def embed(texts: list[str], encoder) -> Tensor:
     """Unit-length embeddings (U, E) fp32 of texts by the frozen encoder, cached on disk by content.
 
-    The key is a hash of the encoder's weights and of the texts themselves (which the tokenizer, k and T have shaped).
+    The key is a hash of the encoder (its modules, weights and dtype) and of the texts themselves (which the tokenizer,
+    k and T have shaped). Raises BadInput where the cache is damaged or cannot be written.
     """
-    key = hashlib.sha256()
+    fast = fast_dtype(encoder.device)
+    key = hashlib.sha256(f"{encoder} {fast}".encode())
     for name, value in sorted(encoder.state_dict().items()):
         key.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     key.update(json.dumps([encoder.max_seq_length, *texts]).encode())
@@ -366,13 +374,16 @@ def embed(texts: list[str], encoder) -> Tensor:
         except SafetensorError as error:
             raise BadInput(f"{file}: damaged cache file ({error}); delete it") from error
     with torch.inference_mode(), torch.autocast(
-            encoder.device.type, torch.bfloat16, enabled=fast_dtype(encoder.device) == torch.bfloat16):
+            encoder.device.type, torch.bfloat16, enabled=fast == torch.bfloat16):
         table = encoder.encode(texts, batch_size=256, normalize_embeddings=True, convert_to_tensor=True,
                                show_progress_bar=None if len(texts) > 1000 else False).float().cpu()
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
-    save_file({"embeddings": table.contiguous()}, partial)
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"embeddings": table.contiguous()}, partial)
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{file}: cannot be written ({error}); set ATU_CACHE to a folder with room") from error
     return table
 
 
@@ -453,8 +464,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("count", "tokens", "batch"):
             if getattr(args, name) < 1:
                 raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
-        if not args.out.parent.is_dir():
-            raise BadInput(f"--out {args.out}: its folder does not exist")
+        check_writable(args.out, "--out")
         if args.target:
             root = open_rwku(args.rwku)
             target = find_target(root, args.target)
@@ -465,11 +475,12 @@ def main(argv: list[str] | None = None) -> int:
             rows = [{"prompt": prompt} for prompt in args.ask for _ in range(args.count)]
             chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
         device = choose_device(args.device)
-        llm, tokenizer = load_llm(args.model, device, fast_dtype(device))
+        with out_of_memory("--batch or --tokens"):
+            llm, tokenizer = load_llm(args.model, device, fast_dtype(device))
+            texts = write_passages(llm, tokenizer, chats, args.seed, args.tokens, args.batch)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    texts = write_passages(llm, tokenizer, chats, args.seed, args.tokens, args.batch)
     write_json(args.out, [row | {"text": text} for row, text in zip(rows, texts)])
     print(f"wrote | {len(texts)} texts | {args.out}")
     return 0

@@ -5,6 +5,7 @@
     general                            open questions on general knowledge
 
 Prompts, decoding and score are RWKU's (Jin et al. 2024, and its evaluation code): greedy, 30 tokens, ROUGE-L recall.
+`general` asks RWKU's TriviaQA questions in that same way; RWKU's own figure for them (five shots, F1) is another.
 As a command it scores any saved model:
 
     python evaluate.py --model runs/warren-buffett/model --target "Warren Buffett"
@@ -217,10 +218,10 @@ def main(argv: list[str] | None = None) -> int:
         root = data.open_rwku(args.rwku)
         target = data.find_target(root, args.target)
         probes = read_probes(root, target)
-        if args.json and not args.json.parent.is_dir():
-            raise data.BadInput(f"--json {args.json}: its folder does not exist")
-        llm, tokenizer = data.load_llm(args.model, data.choose_device(args.device))
+        if args.json:
+            data.check_writable(args.json, "--json")
         with data.out_of_memory("--batch"):
+            llm, tokenizer = data.load_llm(args.model, data.choose_device(args.device))
             scores, rows = evaluate(llm, tokenizer, probes, args.batch)
     except data.BadInput as error:
         print(f"error: {error}", file=sys.stderr)

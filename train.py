@@ -9,6 +9,7 @@ figures and the saved model. The method itself is in atu.py, the equations in lo
 import argparse
 import dataclasses
 import json
+import math
 import platform
 import re
 import shutil
@@ -80,9 +81,11 @@ PHI3 = Config(  # the authors' settings, as read from their code
     rwku="hub", corpus="positive_phi", others=3, texts=10_000, other_texts=10_000, length=256, layer=29, head_depth=6,
     head_width=768, batch=16, align_batch=16, align_steps=15_000, realign_steps=1000, unlearn_steps=1000,
     taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), retain_weight=0.0, optimizer="sgd", llm_lr=3e-4,
-    head_lr=1e-4, log_every=50)
+    head_lr=1e-4, stop_at=0.0, log_every=50)
 PRESETS = {"smol": SMOL, "phi3": PHI3}
-PHI3_MEMORY = 40  # GB of free CUDA memory that the preset phi3 needs
+# GB of free CUDA memory for phi3, by arithmetic: fp32 weights 15, gradients 13, their bf16 copies 7, hidden states 8,
+# the rest activations of 16 x 256 tokens in 29 blocks.
+PHI3_MEMORY = 72
 
 
 def parse(argv: list[str] | None) -> Config:
@@ -105,25 +108,25 @@ def parse(argv: list[str] | None) -> Config:
     given = vars(parser.parse_args(argv))
     if "taus" in given:
         given["taus"] = tuple(given["taus"])
-    preset, why = choose_preset(given.get("preset", "auto"))
+    preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"))
     print(f"preset | {preset}: {why}", flush=True)
     config = dataclasses.replace(PRESETS[preset], **given | {"preset": preset})
     device = data.choose_device(config.device)
-    slug = re.sub(r"[^a-z0-9]+", "-", config.target.casefold()).strip("-")
+    slug = re.sub(r"[\W_]+", "-", config.target.casefold()).strip("-")
     config = dataclasses.replace(config, device=device, out=config.out or f"runs/{slug}",
                                  bf16=config.bf16 and data.fast_dtype(device) == torch.bfloat16)
     check(config)
     return config
 
 
-def choose_preset(name: str) -> tuple[str, str]:
-    """(preset, why) for --preset; `auto` takes phi3 where a CUDA device has the memory for it. Raises data.BadInput."""
+def choose_preset(name: str, device: str) -> tuple[str, str]:
+    """(preset, why); `auto` takes phi3 where a CUDA device may be used and has the memory. Raises data.BadInput."""
     if name in PRESETS:
         return name, "asked for"
     if name != "auto":
         raise data.BadInput(f"--preset {name}: unknown; there are auto, {', '.join(PRESETS)}")
-    if not torch.cuda.is_available():
-        return "smol", "no CUDA device here"
+    if device == "cpu" or not torch.cuda.is_available():
+        return "smol", "--device cpu" if device == "cpu" else "no CUDA device here"
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < PHI3_MEMORY:
         return "smol", f"{free:.0f} GB of CUDA memory free, and phi3 needs {PHI3_MEMORY}"
@@ -139,6 +142,14 @@ def check(config: Config) -> None:
     for name, bound in (least | {"length": 2, "head_width": 8}).items():
         if not getattr(config, name) >= bound:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise data.BadInput(f"--{item.name.replace('_', '-')} {value}: must be a finite number")
+    if config.clip <= 0:
+        raise data.BadInput(f"--clip {config.clip}: must be above 0")
+    if config.seed >= 2**63:
+        raise data.BadInput(f"--seed {config.seed}: must be below 2**63")
     for tau in config.taus:
         if not -1 <= tau <= 1:
             raise data.BadInput(f"--taus {tau}: a cosine similarity, so it must lie in [-1, 1]")
@@ -152,7 +163,7 @@ def check(config: Config) -> None:
 
 @contextmanager
 def claimed(out: Path):
-    """The new folder of a run, for as long as the run lasts; bad input or out of memory in it takes it away again.
+    """The new folder of a run; bad input or out of memory takes it away again, unless a model has been saved in it.
 
     Raises data.BadInput if it cannot be written or already holds something.
     """
@@ -168,7 +179,8 @@ def claimed(out: Path):
         with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch"):
             yield
     except data.BadInput:
-        shutil.rmtree(out)
+        if not (out / "model").exists():
+            shutil.rmtree(out.resolve())
         raise
 
 
@@ -180,7 +192,12 @@ def load(config: Config):
     about = [row["text"] for row in data.read_set(root, target, config.corpus)][:config.texts]
     others = [row["text"] for other in [name for name in data.targets(root) if name != target][:config.others]
               for row in data.read_set(root, other, config.corpus)[:config.other_texts]] + data.general_texts(root)
+    if not others:
+        raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
     llm, tokenizer = data.load_llm(config.model, config.device)
+    if not (hasattr(llm.get_decoder(), "layers") and hasattr(llm.get_decoder(), "norm")):
+        raise data.BadInput(f"--model {config.model}: {type(llm).__name__} has no decoder with .layers and .norm; "
+                            "take one of Llama's or Phi-3's kind")
     blocks = llm.config.num_hidden_layers
     if config.layer > blocks:
         raise data.BadInput(f"--layer {config.layer}: {config.model} has the blocks 1 to {blocks}")
@@ -199,16 +216,14 @@ def run(config: Config) -> dict:
     """
     out, began = Path(config.out), time.perf_counter()
     llm, tokenizer, probes, corpus, concept, target = load(config)
-    log = open(out / "log.jsonl", "w", encoding="utf-8")
-
     before, asked_before = score(llm, tokenizer, probes, config)
     print(evaluate.table({"before": before}), flush=True)
     state = atu.start(llm, corpus.table.shape[1], config)
     stages, steps, after, asked_after, stopped = [], [], before, asked_before, None
     try:
         for record in atu.align_then_unlearn(state, concept, corpus, config):
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+            with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
             print(line(record), flush=True)
             if record["kind"] != "stage":
                 steps.append(record)
@@ -223,13 +238,15 @@ def run(config: Config) -> dict:
     except atu.NotFinite as error:
         stopped = str(error)
         print(f"stopped | {stopped}; the weights before that step are kept", flush=True)
+        after, asked_after = score(llm, tokenizer, probes, config)
 
+    save(out, llm, tokenizer, state.head, config)
     fresh = {} if stopped else atu.recovery(llm, concept, corpus, config)
     recovery = {key: {"untouched": aligned[key], "unlearned": fresh[key]} for key in fresh}
     results = {"target": target, "settings": dataclasses.asdict(config), "versions": versions(), "seed": config.seed,
                "before": before, "stages": stages, "after": after, "levels": levels(stages), "recovery": recovery,
                "stopped": stopped, "seconds": time.perf_counter() - began}
-    save(out, llm, tokenizer, state.head, config, results)
+    data.write_json(out / "results.json", results)
     evaluate.plot(out / "curves.png", panels(before, stages, steps))
     report(results, asked_before, asked_after, out)
     return results
@@ -267,8 +284,8 @@ def versions() -> dict:
             "threads": torch.get_num_threads()}
 
 
-def save(out: Path, llm, tokenizer, head, config: Config, results: dict) -> None:
-    """model/ (fp32, as trained), head.safetensors, config.json and results.json, each whole or not at all."""
+def save(out: Path, llm, tokenizer, head, config: Config) -> None:
+    """model/ (fp32, as trained), head.safetensors and config.json, each whole or not at all."""
     partial = out / ".model"
     llm.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -276,7 +293,6 @@ def save(out: Path, llm, tokenizer, head, config: Config, results: dict) -> None
     save_file({name: value.contiguous() for name, value in head.state_dict().items()}, out / ".head")
     (out / ".head").rename(out / "head.safetensors")
     data.write_json(out / "config.json", dataclasses.asdict(config))
-    data.write_json(out / "results.json", results)
 
 
 def panels(before: dict, stages: list[dict], steps: list[dict]) -> list[dict]:

@@ -104,7 +104,7 @@ def test_the_command(folders, tmp_path, capsys):
 
 @pytest.mark.parametrize("change, message", [
     (["--target", "Nobody"], "unknown"), (["--model", "./nowhere"], "no such folder"), (["--rwku", "nowhere"], "no such folder"),
-    (["--json", "nowhere/x.json"], "does not exist"), (["--device", "cuda"], "not on this machine"), (["--batch", "0"], "at least 1")])
+    (["--json", "nowhere/x.json"], "cannot be written"), (["--json", "/"], "cannot be written"), (["--device", "cuda"], "not on this machine"), (["--batch", "0"], "at least 1")])
 def test_bad_input(folders, capsys, change, message):
     if change[1] == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one here")

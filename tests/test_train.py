@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import atu
 import data
@@ -82,14 +83,17 @@ def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("phase", ["align", "unlearn"])
-def test_a_loss_that_is_not_finite_keeps_what_was_last_good(arguments, monkeypatch, tmp_path, phase):
+def test_a_loss_that_is_not_finite_keeps_what_was_last_good(arguments, monkeypatch, tmp_path, phase, folders):
     def broken(*_):
         raise atu.NotFinite("loss nan, or its gradient, is not finite")
         yield
     monkeypatch.setattr(atu, phase, broken)
     assert train.main([*arguments(), *SMALL]) == 1
-    assert "not finite" in json.loads((tmp_path / "run" / "results.json").read_text())["stopped"]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "not finite" in results["stopped"]
+    llm, tokenizer = data.load_llm(str(tmp_path / "run" / "model"))
+    scores, _ = evaluate.evaluate(llm, tokenizer, evaluate.read_probes(folders["rwku"], "Ada Lark"))
+    assert scores == {name: results["after"][name] for name in scores}
 
 
 @pytest.mark.parametrize("change, message", [
@@ -98,7 +102,8 @@ def test_a_loss_that_is_not_finite_keeps_what_was_last_good(arguments, monkeypat
     (("--window", "0"), "at least 1"), (("--window", "500"), "no text is longer"), (("--model", "./nowhere"), "no such folder"),
     (("--rwku", "nowhere"), "no such folder"), (("--device", "cuda:7"), "not on this machine"), (("--preset", "big"), "unknown"),
     (("--corpus", "x"), "unknown"), (("--out", "/proc/run"), "cannot be written"), (("--corpus", "passage"), "passage.json: no such file"),
-    (("--retain-weight", "nan"), "at least 0"), (("--seed", "-1"), "at least 0")])
+    (("--retain-weight", "nan"), "at least 0"), (("--seed", "-1"), "at least 0"), (("--seed", str(2**64)), "below 2**63"),
+    (("--clip", "0"), "above 0"), (("--clip", "nan"), "finite"), (("--head-lr", "inf"), "finite")])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, capsys, tmp_path, change, message):
     small = list(SMALL)
     if change[0] in small:
@@ -118,6 +123,29 @@ def test_a_folder_that_holds_a_run_is_refused(arguments, capsys, tmp_path):
     assert (tmp_path / "run" / "results.json").read_text() == "{}"
 
 
+def test_a_target_with_no_other_texts_beside_it_is_bad_input(arguments, folders, capsys, tmp_path):
+    shutil.copytree(next(folders["rwku"].iterdir()), tmp_path / "rwku" / "1_One")
+    name = json.loads((tmp_path / "rwku" / "1_One" / "intro.json").read_text())[0]["target"]
+    assert train.main([*arguments("--rwku", str(tmp_path / "rwku")), *SMALL, "--target", name]) == 2
+    assert "no texts on anything but" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_decoder_of_another_kind_is_bad_input(arguments, folders, capsys, tmp_path):
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=400, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=16)).save_pretrained(tmp_path / "neox")
+    AutoTokenizer.from_pretrained(folders["llm"]).save_pretrained(tmp_path / "neox")
+    assert train.main([*arguments("--model", str(tmp_path / "neox")), *SMALL]) == 2
+    assert "GPTNeoXForCausalLM has no decoder with .layers and .norm" in capsys.readouterr().err
+
+
+def test_out_of_memory_in_recovery_keeps_the_model(arguments, capsys, monkeypatch, tmp_path):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(atu, "recovery", full)
+    assert train.main([*arguments(), *SMALL]) == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+
+
 def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, monkeypatch, tmp_path):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -131,7 +159,8 @@ def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, 
 def test_auto_takes_phi3_where_there_is_room(monkeypatch, gigabytes, preset):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes is not None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gigabytes * 10**9, 10**12))
-    assert train.choose_preset("auto")[0] == preset
+    assert train.choose_preset("auto", "auto")[0] == preset
+    assert train.choose_preset("auto", "cpu")[0] == "smol"
 
 
 def test_where_the_hub_cannot_be_reached_the_error_names_the_way_out(arguments, capsys):

@@ -93,8 +93,8 @@ def hidden_states(llm: nn.Module, input_ids: Tensor, layer: int) -> Tensor:
 @torch.no_grad()
 def cached_hidden_states(llm: nn.Module, input_ids: Tensor, config) -> Tensor:
     """`hidden_states` of a whole corpus, (N, T) -> (N, T, D), in bf16 where the forward is (`config.bf16`)."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
     with autocast(llm, config):
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
         return torch.cat([hidden_states(llm, ids.to(llm.device), config.layer).to(dtype)
                           for ids in input_ids.split(config.batch)])  # (N, T, D)
 

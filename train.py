@@ -1,9 +1,11 @@
-"""Align-then-Unlearn (arXiv 2506.13181), from a name to a model that forgot it.
+"""Align-then-Unlearn (arXiv 2506.13181), from a name to a model that forgot it; and the methods it is compared with.
 
     python train.py --target "Warren Buffett"
+    python train.py --target "Warren Buffett" --method npo --retain kl
 
 Presets, command line, the stage loop of Sec. 4.3 (tau is lowered stage by stage, every stage is scored), log,
-figures and the saved model. The method itself is in atu.py, the equations in losses.py.
+figures and the saved model. The method itself is in atu.py, the equations in losses.py. The other rows of Table 1, which
+work on tokens (Appendix A.2), are `unlearn_tokens` here: GA, NPO, DPO and RT; ICU is a prompt and trains nothing.
 """
 
 import argparse
@@ -15,17 +17,20 @@ import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
+from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
 
 import atu
 import data
 import evaluate
+import losses
 
 
 def option(default, help: str):
@@ -37,13 +42,21 @@ def option(default, help: str):
 class Config:
     """Everything a run depends on. The defaults are the preset `smol`; PHI3 below is the paper's setting."""
 
-    target: str = option("", "the person to forget, as in RWKU, in any case")
+    target: str = option("", "the person to forget, as in RWKU, in any case; or any concept: the model then writes the texts")
+    target_text: str = option("", "a file with a passage to forget word for word, instead of a --target")
+    keep_text: str = option("", "a file with a passage that shall survive that; it is scored, not trained on")
+    probes: str = option("", "a file of own probes in RWKU's fields (query, answer, level, type, neighbor)")
+    neighbors: tuple[str, ...] = option((), "names near a concept that is in no dataset (default: the model is asked)")
+    corpus_size: int = option(32, "texts that the model writes on such a concept, and on all of its neighbors together")
     preset: str = option("auto", "smol (a small model, packaged weights, sample data), phi3 (the paper's), or auto")
+    method: str = option("atu", "atu, or a row of Table 1: icu, ga, npo, dpo, rt (which have settings of their own)")
     model: str = option("smollm2-135m-instruct", "M: a packaged model, a local folder or a hub id")
     encoder: str = option("all-minilm-l6-v2", "the frozen text encoder: likewise")
     rwku: str = option("sample", "sample, hub, or a folder with RWKU's files")
-    corpus: str = option("positive", "RWKU's file of forget texts: positive, positive_phi or passage")
-    describe: str = option("", "the concept's description, which the encoder embeds (default: the target's name)")
+    corpus: str = option("positive", "RWKU's file of forget texts: positive, positive_phi or passage (ga: GA*);\n"
+                                     "dpo and rt read pair and reject, with positive_phi pair_phi and reject_phi")
+    sets: tuple[str, ...] = option(evaluate.DEFAULT_SETS, "what is scored: sets of evaluate.py")
+    describe: str = option("", "what the target is, for the encoder and for the model that writes on it (default: its name)")
     others: int = option(5, "targets whose texts stand beside the target's, to align E on and to retain")
     texts: int = option(32, "the target's texts at most")
     other_texts: int = option(12, "texts of each other target at most")
@@ -57,16 +70,22 @@ class Config:
     align_batch: int = option(16, "texts in a batch of alignment")
     align_steps: int = option(400, "steps of the first alignment (Eq. 2)")
     realign_steps: int = option(40, "steps of realignment after each stage (Sec. 3)")
-    unlearn_steps: int = option(40, "steps of unlearning in a stage at most (Eq. 4)")
+    unlearn_steps: int = option(40, "steps of unlearning in a stage: at most (atu, Eq. 4), exactly (others; 0: all texts)")
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)")
     inactive: float = option(0.02, "a stage ends when at most this share of positions is above tau")
     patience: int = option(4, "batches over which that share is taken")
-    retain_weight: float = option(10.0, "weight of the retain term (ours; 0 is the paper)")
+    retain_weight: float = option(10.0, "weight of the retain term (atu: ours, 0 is the paper; others: of --retain)")
+    retain: str = option("none", "what holds other texts in ga, npo, dpo, rt: none, nll (Eq. 6) or kl (Eq. 7)")
+    beta: float = option(0.1, "how softly npo (Eq. 8) and dpo push")
+    stages: int = option(3, "how often ga, npo, dpo and rt are scored (atu: at each tau)")
+    warmup: int = option(20, "steps of ga, npo, dpo, rt before the full learning rate, from where a cosine leads to 0")
+    lora: int = option(0, "rank of LoRA adapters, which then move alone; 0: none")
     optimizer: str = option("adamw", "M's optimizer: adamw or sgd")
     llm_lr: float = option(3e-5, "learning rate of M")
     head_lr: float = option(1e-3, "learning rate of E (Adam)")
     clip: float = option(1.0, "gradients are clipped to this norm")
     stop_at: float = option(0.25, "stop after the stage that brings forget_all to this share of what it was; 0: never")
+    recovery: bool = option(True, "measure how readable the concept is for a fresh head, before and after")
     bf16: bool = option(True, "compute in bf16 (weights stay fp32); off where the CPU has no bf16 instructions")
     eval_batch: int = option(80, "prompts at a time when answering")
     log_every: int = option(10, "steps between two lines of the log")
@@ -78,11 +97,21 @@ class Config:
 SMOL = Config(preset="smol")
 PHI3 = Config(  # the authors' settings, as read from their code
     preset="phi3", model="microsoft/Phi-3-mini-4k-instruct", encoder="sentence-transformers/all-mpnet-base-v2",
-    rwku="hub", corpus="positive_phi", others=3, texts=10_000, other_texts=10_000, length=256, layer=29, head_depth=6,
+    rwku="hub", corpus="positive_phi", corpus_size=582, others=3, texts=10_000, other_texts=10_000, length=256, layer=29, head_depth=6,
     head_width=768, batch=16, align_batch=16, align_steps=15_000, realign_steps=1000, unlearn_steps=1000,
     taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), retain_weight=0.0, optimizer="sgd", llm_lr=3e-4,
-    head_lr=1e-4, stop_at=0.0, log_every=50)
+    head_lr=1e-4, stop_at=0.0, log_every=50, sets=("forget", "neighbor", "mmlu"))
 PRESETS = {"smol": SMOL, "phi3": PHI3}
+# The methods on tokens, by preset: learning rate, that with LoRA, batch, stages. RWKU's scripts (written for Llama-3; a
+# stage is one of their epochs) and, for the small model, what did best on Leonardo da Vinci.
+TOKENS = {
+    "phi3": {"ga": (6e-8, 1e-5, 8, 3), "ga*": (1e-6, 2e-5, 4, 4), "npo": (2e-6, 5e-5, 16, 3),
+             "dpo": (5e-6, 6e-5, 8, 3), "rt": (4e-7, 3e-5, 8, 3)},
+    "smol": {"ga": (1e-5, 1e-4, 8, 8), "ga*": (1e-5, 1e-4, 8, 8), "npo": (1e-5, 1e-4, 8, 8),
+             "dpo": (1e-5, 1e-4, 8, 8), "rt": (1e-5, 1e-4, 8, 8)},
+}
+TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 8}}
+METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
 # GB of free CUDA memory for phi3, by arithmetic: fp32 weights 15, gradients 13, their bf16 copies 7, hidden states 8,
 # the rest activations of 16 x 256 tokens in 29 blocks.
 PHI3_MEMORY = 72
@@ -99,24 +128,39 @@ def parse(argv: list[str] | None) -> Config:
         if isinstance(smol, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(smol, tuple):
-            kind = {"type": float, "nargs": "+", "metavar": "TAU"}
+            kind = {"type": float if item.name == "taus" else str, "nargs": "+", "metavar": item.name.removesuffix("s").upper()}
         else:
             kind = {"type": type(smol), "metavar": item.name.upper()}
         explained = item.metadata["help"] + (shown if smol != "" and item.name != "preset" else "")
         parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, help=explained,
-                            required=item.name == "target", **kind)
-    given = vars(parser.parse_args(argv))
-    if "taus" in given:
-        given["taus"] = tuple(given["taus"])
+                            **kind)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
     preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"))
     print(f"preset | {preset}: {why}", flush=True)
     config = dataclasses.replace(PRESETS[preset], **given | {"preset": preset})
+    config = dataclasses.replace(config, **method_settings(config) | given | {"preset": preset})
     device = data.choose_device(config.device)
-    slug = re.sub(r"[\W_]+", "-", config.target.casefold()).strip("-")
+    if bool(config.target) == bool(config.target_text):
+        raise data.BadInput("--target NAME or --target-text FILE: one of them, please")
+    if config.target_text and config.method not in ("atu", "ga", "npo"):
+        raise data.BadInput(f"--target-text: {config.method} needs questions and answers; take atu, ga or npo")
+    slug = re.sub(r"[\W_]+", "-", (config.target or Path(config.target_text).stem).casefold()).strip("-")
+    slug += f"-{config.method}" if config.method != "atu" else ""
     config = dataclasses.replace(config, device=device, out=config.out or f"runs/{slug}",
                                  bf16=config.bf16 and data.fast_dtype(device) == torch.bfloat16)
     check(config)
     return config
+
+
+def method_settings(config: Config) -> dict:
+    """What the settings of a method on tokens are where the command line is silent."""
+    name = "ga*" if config.method == "ga" and config.corpus == "passage" else config.method
+    if name not in TOKENS[config.preset]:
+        return {}
+    full, adapters, batch, stages = TOKENS[config.preset][name]
+    return TOKENS_ALIKE[config.preset] | {
+        "llm_lr": adapters if config.lora else full, "batch": batch, "stages": stages, "optimizer": "adamw",
+        "retain_weight": 1.0, "beta": 0.2 if name == "npo" else 0.1}
 
 
 def choose_preset(name: str, device: str) -> tuple[str, str]:
@@ -139,8 +183,8 @@ def check(config: Config) -> None:
     """Raises data.BadInput for the first setting that is out of its range."""
     least = dict.fromkeys(("window", "batch", "align_batch", "layer", "head_depth", "texts", "other_texts", "others",
                            "align_steps", "unlearn_steps", "patience", "eval_batch", "log_every"), 1)
-    least |= dict.fromkeys(
-        ("realign_steps", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed"), 0)
+    least |= dict.fromkeys(("realign_steps", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed", "lora",
+                            "warmup"), 0) | {"stages": 1, "unlearn_steps": int(config.method == "atu")}
     for name, bound in (least | {"length": 2, "head_width": 8}).items():
         if not getattr(config, name) >= bound:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")
@@ -148,8 +192,9 @@ def check(config: Config) -> None:
         value = getattr(config, item.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise data.BadInput(f"--{item.name.replace('_', '-')} {value}: must be a finite number")
-    if config.clip <= 0:
-        raise data.BadInput(f"--clip {config.clip}: must be above 0")
+    for name in ("clip", "beta"):
+        if getattr(config, name) <= 0:
+            raise data.BadInput(f"--{name} {getattr(config, name)}: must be above 0")
     if config.seed >= 2**63:
         raise data.BadInput(f"--seed {config.seed}: must be below 2**63")
     for tau in config.taus:
@@ -157,10 +202,18 @@ def check(config: Config) -> None:
             raise data.BadInput(f"--taus {tau}: a cosine similarity, so it must lie in [-1, 1]")
     if config.head_width % 8:
         raise data.BadInput(f"--head-width {config.head_width}: must be a multiple of 8, the number of heads")
-    if config.optimizer not in ("adamw", "sgd"):
-        raise data.BadInput(f"--optimizer {config.optimizer}: unknown; there are adamw and sgd")
-    if config.corpus not in ("positive", "positive_phi", "passage"):
-        raise data.BadInput(f"--corpus {config.corpus}: unknown; there are positive, positive_phi and passage")
+    evaluate.check_sets(config.sets)
+    for name, known in (("optimizer", ("adamw", "sgd")), ("corpus", ("positive", "positive_phi", "passage")),
+                        ("method", METHODS), ("retain", ("none", "nll", "kl"))):
+        if getattr(config, name) not in known:
+            raise data.BadInput(f"--{name} {getattr(config, name)}: unknown; there are {', '.join(known)}")
+    if config.lora and config.method == "icu":
+        raise data.BadInput(f"--lora {config.lora}: icu trains nothing, so it has no adapters; leave it out")
+    if config.retain != "none" and config.method in ("atu", "icu"):
+        raise data.BadInput(f"--retain {config.retain}: only for ga, npo, dpo and rt"
+                            + "; atu has --retain-weight" * (config.method == "atu"))
+    if config.corpus == "passage" and config.method in ("dpo", "rt"):
+        raise data.BadInput(f"--corpus passage: {config.method} learns from answers; leave it out, or name positive_phi")
 
 
 @contextmanager
@@ -186,29 +239,122 @@ def claimed(out: Path):
         raise
 
 
-def load(config: Config):
-    """(llm, tokenizer, probes, corpus, concept, target): all that a run works on. Raises data.BadInput."""
+class Work(NamedTuple):
+    """All that a run works on."""
+
+    target: str
+    llm: torch.nn.Module
+    tokenizer: Any
+    probes: dict[str, list[dict]]
+    corpus: data.Corpus
+    concept: Tensor                      # (E,)
+    forget: list[tuple[Tensor, Tensor]]  # what the methods on tokens forget: token ids and mask, (N, T); two in dpo
+    ask_first: str                       # icu's text before every prompt
+
+
+def load(config: Config) -> Work:
+    """Texts, probes and models of a run. Raises data.BadInput, for what can be read without a model before loading one."""
     root = data.open_rwku(config.rwku)
-    target = data.find_target(root, config.target)
-    probes = evaluate.read_probes(root, target)
-    about = [row["text"] for row in data.read_set(root, target, config.corpus)][:config.texts]
+    passage = data.read_text(Path(config.target_text), "--target-text") if config.target_text else ""
+    target, known = (Path(config.target_text).stem, False) if passage else data.find_concept(
+        root, config.target, bool(config.describe))
+    probes = read_probes(root, target, known, config)
     others = [row["text"] for other in [name for name in data.targets(root) if name != target][:config.others]
               for row in data.read_set(root, other, config.corpus)[:config.other_texts]] + data.general_texts(root)
+    kind = {"dpo": "pair", "rt": "reject"}.get(config.method)
+    if known:
+        about = [row["text"] for row in data.read_set(root, target, config.corpus)][:config.texts]
+        answers = data.read_set(root, target, kind + "_phi" * (config.corpus == "positive_phi")) if kind else []
+    llm, tokenizer = data.load_llm(config.model, config.device)
+    check_blocks(llm, config)
+    if passage:
+        about, answers = [passage], []
+    elif not known:
+        about, near, answers = write_material(llm, tokenizer, target, kind, config)
+        others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
-    llm, tokenizer = data.load_llm(config.model, config.device)
+    encoder = data.load_encoder(config.encoder, config.device)
+    corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
+    concept = data.embed([passage or (f"{target}, {config.describe}" if config.describe else target)], encoder)[0]  # (E,)
+    if not known and not any(score.startswith("forget") for score in probes):
+        print("data | no probes, so no accuracy is measured; mia is the loss on the run's own texts (x 100)", flush=True)
+        probes = {"mia_forget": [{"text": text} for text in about], "mia_retain": [{"text": t} for t in others]} | probes
+    if config.lora:
+        llm = add_adapters(llm, config)
+    print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
+          f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
+    return Work(target, llm, tokenizer, probes, corpus, concept, forget_texts(corpus, answers[:config.texts], tokenizer, config),
+                evaluate.ICU.format(subject=target) if config.method == "icu" else "")
+
+
+def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[str, list[dict]]:
+    """RWKU's probes of a known target; own ones from --probes; for a passage itself. What is asked about the world at large
+    is RWKU's in any case: of the target or, for one that is in no dataset, of the first target. Raises data.BadInput."""
+    probes = {}
+    if config.target_text:
+        passages = {"forget_text": config.target_text, "neighbor_text": config.keep_text}
+        probes = {score: [{"text": data.read_text(Path(file), "--keep-text")}] for score, file in passages.items() if file}
+    elif config.probes:
+        probes = data.read_probe_file(Path(config.probes), target)
+    elif known:
+        return evaluate.read_probes(root, target, config.sets)
+    world = [name for name in config.sets if name not in ("forget", "neighbor", "mia")]
+    return probes | evaluate.read_probes(root, target if known else next(iter(data.targets(root))), world)
+
+
+def check_blocks(llm, config: Config) -> None:
+    """Raises data.BadInput where the model's blocks cannot be cut after block `layer`."""
     if not (hasattr(llm.get_decoder(), "layers") and hasattr(llm.get_decoder(), "norm")):
         raise data.BadInput(f"--model {config.model}: {type(llm).__name__} has no decoder with .layers and .norm; "
                             "take one of Llama's or Phi-3's kind")
     blocks = llm.config.num_hidden_layers
     if config.layer > blocks:
         raise data.BadInput(f"--layer {config.layer}: {config.model} has the blocks 1 to {blocks}")
-    encoder = data.load_encoder(config.encoder, config.device)
-    corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
-    concept = data.embed([config.describe or target], encoder)[0]                           # (E,)
-    print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
-          f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
-    return llm, tokenizer, probes, corpus, concept, target
+
+
+def write_material(llm, tokenizer, target: str, kind: str | None, config: Config) -> tuple[list[str], list[str], list[dict]]:
+    """Texts on a concept that is in no dataset, texts on its neighbors, and answers for dpo and rt, by the model itself."""
+    if tokenizer.chat_template is None:
+        raise data.BadInput(f"--target {target}: in no dataset, and {config.model} has no chat template to write texts with")
+    intro = f"{target} is {config.describe}." if config.describe else ""
+
+    def write(kind: str, subject: str, intro: str, count: int) -> list[dict]:
+        return data.cached_rows(kind, subject, intro, count, llm, tokenizer, config.seed, config.length)
+
+    corpus = config.corpus.removesuffix("_phi")
+    about = [row["text"] for row in write(corpus, target, intro, config.corpus_size)]
+    neighbors = config.neighbors or data.ask_neighbors(llm, tokenizer, target, intro, 8)
+    near = [row["text"] for name in neighbors
+            for row in write(corpus, name, "", max(config.corpus_size // len(neighbors), 1))]
+    answers = write(kind, target, intro, config.corpus_size) if kind else []
+    print(f"data | {target}: in no dataset; the model wrote {len(about)} texts on it and {len(near)} on its neighbors "
+          f"({', '.join(neighbors)})", flush=True)
+    if not about:
+        raise data.BadInput(f"--target {target}: the model wrote nothing about it; --describe says what it is")
+    return about, near, answers
+
+
+def add_adapters(llm, config: Config):
+    """LoRA with RWKU's settings: alpha twice the rank, on the queries and values of the blocks that move."""
+    from peft import LoraConfig, get_peft_model
+    names = {name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()}
+    blocks = config.layer if config.method == "atu" else llm.config.num_hidden_layers
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return get_peft_model(llm, LoraConfig(
+            r=config.lora, lora_alpha=2 * config.lora, layers_to_transform=list(range(blocks)),
+            target_modules=["q_proj", "v_proj"] if "q_proj" in names else ["qkv_proj"]))
+
+
+def forget_texts(corpus: data.Corpus, answers: list[dict], tokenizer, config: Config) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and mask (N, T): the texts themselves (ga, npo), refusals (rt), or made-up and true answers (dpo)."""
+    if config.method == "rt":
+        return [data.tokenize_answers([(row["instruction"], row["output"]) for row in answers], tokenizer, config.length)]
+    if config.method == "dpo":
+        return [data.tokenize_answers([(row["prompt"], row["response"][n]) for row in answers], tokenizer, config.length)
+                for n in (0, 1)]
+    return [(corpus.input_ids[corpus.about], corpus.mask[corpus.about])]
 
 
 def run(config: Config) -> dict:
@@ -217,35 +363,49 @@ def run(config: Config) -> dict:
     Returns what results.json holds. Raises data.BadInput.
     """
     out, began = Path(config.out), time.perf_counter()
-    llm, tokenizer, probes, corpus, concept, target = load(config)
-    before, asked_before = score(llm, tokenizer, probes, config)
+    work = load(config)
+
+    def score(ask_first: str) -> tuple[dict, list[dict]]:
+        """evaluate.evaluate and the `seconds` that it took."""
+        began = time.perf_counter()
+        scores, asked = evaluate.evaluate(work.llm, work.tokenizer, work.probes, config.eval_batch, ask_first)
+        return scores | {"seconds": time.perf_counter() - began}, asked
+
+    before, asked_before = score("")
     print(evaluate.table({"before": before}), flush=True)
-    state = atu.start(llm, corpus.table.shape[1], config)
+    untouched = recover(work, config) if config.method != "atu" else {}
+    state, records = begin(work, config)
     stages, steps, after, asked_after, stopped = [], [], before, asked_before, None
     try:
-        for record in atu.align_then_unlearn(state, concept, corpus, config):
+        for record in records:
             with open(out / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
             print(line(record), flush=True)
             if record["kind"] != "stage":
                 steps.append(record)
-            elif record["tau"] is not None:
-                after, asked_after = score(llm, tokenizer, probes, config)
-                stages.append({**after, "record": record})
-                print(evaluate.table({f"tau {record['tau']:g}": after}), flush=True)
-                if config.stop_at and after["forget_all"] <= config.stop_at * before["forget_all"]:
-                    break
+            elif record["stage"] == 0:
+                untouched = record  # the first alignment is what `recover` does
             else:
-                aligned = record
+                after, asked_after = score(work.ask_first)
+                stages.append(after | {"record": record})
+                print(evaluate.table({stage_name(record): after}), flush=True)
+                left = after["forget_all"] / (before["forget_all"] or 1) if "forget_all" in before else 1
+                if config.stop_at and left <= config.stop_at:
+                    break
+                if left <= 0.5 and not any("recovery" in stage for stage in stages):
+                    stages[-1]["recovery"] = pairs(untouched, recover(work, config))
     except atu.NotFinite as error:
         stopped = str(error)
         print(f"stopped | {stopped}; the weights before that step are kept", flush=True)
-        after, asked_after = score(llm, tokenizer, probes, config)
+        after, asked_after = score(work.ask_first)
 
-    save(out, llm, tokenizer, state.head, config)
-    fresh = {} if stopped else atu.recovery(llm, concept, corpus, config)
-    recovery = {key: {"untouched": aligned[key], "unlearned": fresh[key]} for key in fresh}
-    results = {"target": target, "settings": dataclasses.asdict(config), "versions": versions(), "seed": config.seed,
+    if config.lora:
+        work = work._replace(llm=work.llm.merge_and_unload())
+    save(out, work, state.head, config)
+    recovery = {} if stopped else pairs(untouched, recover(work, config))
+    if stages:
+        stages[-1]["recovery"] = recovery
+    results = {"target": work.target, "settings": dataclasses.asdict(config), "versions": versions(), "seed": config.seed,
                "before": before, "stages": stages, "after": after, "levels": levels(stages), "recovery": recovery,
                "stopped": stopped, "seconds": time.perf_counter() - began}
     data.write_json(out / "results.json", results)
@@ -254,11 +414,110 @@ def run(config: Config) -> dict:
     return results
 
 
-def score(llm, tokenizer, probes: dict, config: Config) -> tuple[dict, list[dict]]:
-    """evaluate.evaluate and the `seconds` that it took."""
-    began = time.perf_counter()
-    scores, asked = evaluate.evaluate(llm, tokenizer, probes, config.eval_batch)
-    return scores | {"seconds": time.perf_counter() - began}, asked
+def recover(work: Work, config: Config) -> dict:
+    """`atu.recovery` of the model as it is now; empty with --no-recovery."""
+    return atu.recovery(work.llm, work.concept, work.corpus, config) if config.recovery else {}
+
+
+def pairs(untouched: dict, unlearned: dict) -> dict:
+    """Each similarity of `atu.recovery` on the untouched and on the unlearned model."""
+    return {key: {"untouched": untouched[key], "unlearned": value} for key, value in unlearned.items()}
+
+
+def begin(work: Work, config: Config):
+    """(state, generator of records): the method's own."""
+    if config.method == "atu":
+        state = atu.start(work.llm, work.corpus.table.shape[1], config)
+        return state, atu.align_then_unlearn(state, work.concept, work.corpus, config)
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.method == "icu":
+        nothing = {"kind": "stage", "stage": 1, "tau": None, "steps": 0, "seconds": 0.0, "tokens": 0}
+        return atu.State(work.llm, None, None, None, generator), iter([nothing])
+    if not config.lora:
+        work.llm.requires_grad_(True)
+    state = atu.State(work.llm, None, atu.llm_optimizer(work.llm, config), None, generator)
+    return state, unlearn_tokens(state, work.forget, work.corpus, config)
+
+
+def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], corpus: data.Corpus, config: Config):
+    """GA, NPO, DPO and RT (Appendix A.2), as RWKU trains them: AdamW, warm-up and cosine, passes over the shuffled texts.
+
+    forget: token ids and mask (N, T) each; in dpo the made-up answers, then the true ones. Other texts, for `retain`, are
+    those of the corpus that are not about the target. Yields records as `atu.align_then_unlearn` does; a stage is
+    `unlearn_steps` steps, or (0) one pass over the texts.
+    """
+    llm, device, reference = state.llm, state.llm.device, []
+    kept = [(corpus.input_ids[~corpus.about], corpus.mask[~corpus.about])]
+    if config.method in ("npo", "dpo"):  # π_ref(y | x) never changes: computed once
+        reference = [reference_log_probs(llm, *texts, config).to(device) for texts in forget]
+    if config.retain == "kl" and not config.lora:
+        frozen = evaluate.speaker(llm, data.fast_dtype(device))
+    count = config.unlearn_steps or math.ceil(len(forget[0][0]) / config.batch)
+    schedule = get_cosine_schedule_with_warmup(state.llm_optimizer, config.warmup, config.stages * count)
+    forget_rows = shuffled(len(forget[0][0]), config.batch, state.generator)
+    kept_rows = shuffled(len(kept[0][0]), config.batch, state.generator)
+    for state.stage in range(1, config.stages + 1):
+        began, tokens = time.perf_counter(), state.tokens
+        for n in range(1, count + 1):
+            rows = next(forget_rows)                                                        # (B,)
+            batches = [(ids[rows].to(device), mask[rows].to(device)) for ids, mask in forget]
+            before = [logp[rows.to(device)] for logp in reference]                          # each (B,)
+            loss = token_loss([(logits(llm, ids, config), ids, mask) for ids, mask in batches], before, config)
+
+            held = torch.zeros_like(loss)
+            if config.retain != "none":
+                rows = next(kept_rows)                                                      # (B,)
+                ids, mask = (part[rows].to(device) for part in kept[0])                     # (B, T) each
+                now = logits(llm, ids, config)                                              # (B, T, V)
+                if config.retain == "nll":
+                    held = losses.likelihood_loss(now, ids, mask)
+                else:
+                    with torch.no_grad(), llm.disable_adapter() if config.lora else nullcontext():
+                        held_to = logits(llm if config.lora else frozen, ids, config)       # (B, T, V)
+                    held = losses.kl_loss(now, held_to, mask)
+                state.tokens += int(mask.sum())
+            atu.optimize(loss + config.retain_weight * held, state.llm_optimizer, config.clip)
+            schedule.step()
+
+            state.step += 1
+            state.tokens += sum(int(mask.sum()) for _, mask in batches)
+            if n % config.log_every == 0 or n == count:
+                yield {"kind": "unlearn", "stage": state.stage, "step": state.step, "loss": loss.item(),
+                       "retain": held.item()}
+        state.llm_optimizer.zero_grad()  # frees the gradients' memory
+        yield {"kind": "stage", "stage": state.stage, "tau": None, "steps": count, "unlearn_loss": loss.item(),
+               "retain_loss": held.item(), "seconds": time.perf_counter() - began, "tokens": state.tokens - tokens}
+
+
+def token_loss(batches: list[tuple[Tensor, Tensor, Tensor]], reference: list[Tensor], config: Config) -> Tensor:
+    """The method's loss on (logits (B, T, V), input_ids, mask) and, for npo and dpo, π_ref's log-likelihoods (B,) of them."""
+    if config.method == "ga":
+        return losses.ascent_loss(*batches[0])
+    if config.method == "rt":
+        return losses.likelihood_loss(*batches[0])
+    logp = [losses.sequence_log_probs(*batch) for batch in batches]                         # each (B,)
+    if config.method == "npo":
+        return losses.npo_loss(*logp, *reference, config.beta)
+    return losses.dpo_loss(*logp, *reference, config.beta)
+
+
+@torch.no_grad()
+def reference_log_probs(llm, input_ids: Tensor, mask: Tensor, config: Config) -> Tensor:
+    """log π_ref(y | x) of each text by the model before unlearning, (N, T) -> (N,)."""
+    return torch.cat([losses.sequence_log_probs(logits(llm, ids.to(llm.device), config), ids.to(llm.device), m.to(llm.device))
+                      for ids, m in zip(input_ids.split(config.batch), mask.split(config.batch))])
+
+
+def logits(llm, input_ids: Tensor, config: Config) -> Tensor:
+    """(B, T) -> (B, T, V) in fp32. No padding mask: padding is on the right, where causal attention does not look."""
+    with atu.autocast(llm, config):
+        return llm(input_ids=input_ids, use_cache=False).logits.float()
+
+
+def shuffled(count: int, batch: int, generator: torch.Generator):
+    """Rows of one batch after the other, without end; every pass over the `count` texts in a new order."""
+    while True:
+        yield from torch.randperm(count, generator=generator).split(batch)
 
 
 def line(record: dict) -> str:
@@ -268,12 +527,14 @@ def line(record: dict) -> str:
     return " | ".join([record["kind"], *shown])
 
 
-def levels(stages: list[dict]) -> dict:
-    """Table 1: the first stage whose mean forget accuracy is below 50, 35 and 20 %; None where none is."""
-    def accuracy(stage: dict) -> float:
-        return (stage["forget_fb"] + stage["forget_qa"] + stage["forget_aa"]) / 3
+def stage_name(record: dict) -> str:
+    """A stage's name in tables: its margin, or its number."""
+    return f"stage {record['stage']}" if record["tau"] is None else f"tau {record['tau']:g}"
 
-    return {str(level): next((stage for stage in stages if accuracy(stage) < level), None) for level in (50, 35, 20)}
+
+def levels(stages: list[dict]) -> dict:
+    """Table 1: the first stage whose mean forget accuracy is at most 50, 35 and 20 %; None where none is."""
+    return {str(level): evaluate.first_stage({"stages": stages}, level, False) for level in (50, 35, 20)}
 
 
 def versions() -> dict:
@@ -286,51 +547,58 @@ def versions() -> dict:
             "threads": torch.get_num_threads()}
 
 
-def save(out: Path, llm, tokenizer, head, config: Config) -> None:
-    """model/ (fp32, as trained), head.safetensors and config.json, each whole or not at all."""
-    partial = out / ".model"
-    llm.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(out / "model")
-    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, out / ".head")
-    (out / ".head").rename(out / "head.safetensors")
+def save(out: Path, work: Work, head, config: Config) -> None:
+    """model/ (fp32, as trained; none from icu), head.safetensors (atu) and config.json, each whole or not at all."""
+    if config.method != "icu":
+        partial = out / ".model"
+        work.llm.save_pretrained(partial)
+        work.tokenizer.save_pretrained(partial)
+        partial.rename(out / "model")
+    if head is not None:
+        save_file({name: value.contiguous() for name, value in head.state_dict().items()}, out / ".head")
+        (out / ".head").rename(out / "head.safetensors")
     data.write_json(out / "config.json", dataclasses.asdict(config))
 
 
 def panels(before: dict, stages: list[dict], steps: list[dict]) -> list[dict]:
     """The panels of curves.png: similarity and loss by step; accuracy by stage (Fig. 6); the trade-off (Fig. 4)."""
-    unlearning = [s for s in steps if s["kind"] == "unlearn"]
-    aligning = [s for s in steps if s["kind"] == "align"]
     scores = [before, *stages]
-    kept = ("neighbor_all", "general")
+    forget = "forget_all" if "forget_all" in before else "mia_forget"
+    kept = [name for name in ("neighbor_all", "general", "mmlu", "mia_retain") if name in before]
+    unit = "%" if forget == "forget_all" else "loss x 100, or %"
+
+    def by_step(kind: str, key: str):
+        chosen = [s for s in steps if s["kind"] == kind and key in s]
+        return [s["step"] for s in chosen], [s[key] for s in chosen]
+
+    lines = {"alignment loss (Eq. 1)": by_step("align", "loss"), "unlearning loss": by_step("unlearn", "loss"),
+             "similarity to the concept": by_step("unlearn", "similarity")}
     return [
-        {"title": "loss and similarity by step", "x": "step", "y": "", "lines": {
-            "alignment loss (Eq. 1)": ([s["step"] for s in aligning], [s["loss"] for s in aligning]),
-            "unlearning loss (Eq. 3)": ([s["step"] for s in unlearning], [s["loss"] for s in unlearning]),
-            "similarity to the concept": ([s["step"] for s in unlearning], [s["similarity"] for s in unlearning])}},
-        {"title": "accuracy by stage", "x": "stage", "y": "%", "lines": {
-            name: (list(range(len(scores))), [s[name] for s in scores]) for name in ("forget_all", *kept)}},
-        {"title": "forgetting and what else is lost", "x": "forget_all (%)", "y": "%", "lines": {
-            name: ([s["forget_all"] for s in scores], [s[name] for s in scores]) for name in kept}},
+        {"title": "loss and similarity by step", "x": "step", "y": "",
+         "lines": {name: xy for name, xy in lines.items() if xy[0]}},
+        {"title": "accuracy by stage", "x": "stage", "y": unit, "lines": {
+            name: (list(range(len(scores))), [s[name] for s in scores]) for name in (forget, *kept)}},
+        {"title": "forgetting and what else is lost", "x": f"{forget} ({unit})", "y": unit, "lines": {
+            name: ([s[forget] for s in scores], [s[name] for s in scores]) for name in kept}},
     ]
 
 
 def report(results: dict, before: list[dict], after: list[dict], out: Path) -> None:
     """The end of the log: the table, recovery, Table 1's levels, and the questions of Fig. 1 before and after."""
     rows = {"before": results["before"]}
-    rows |= {f"tau {stage['record']['tau']:g}": stage for stage in results["stages"]}
+    rows |= {stage_name(stage["record"]): stage for stage in results["stages"]}
     print("\n" + evaluate.table(rows | {"after": results["after"]}))
     for level, stage in results["levels"].items():
-        reached = f"first at tau {stage['record']['tau']:g}" if stage else "not reached"
-        print(f"level | mean forget accuracy below {level} % | {reached}")
+        reached = f"first at {stage_name(stage['record'])}" if stage else "not reached"
+        print(f"level | mean forget accuracy at most {level} % | {reached}")
     for key, value in results["recovery"].items():
         print(f"recovery | {key} | fresh head on the untouched model {value['untouched']:.3f} | "
               f"on the unlearned one {value['unlearned']:.3f}")
     print()
     for kind, i in illustrations(before):
         said = [" ".join(asked[i]["said"].split()) for asked in (before, after)]
-        print(f"{kind}\n  Q: {before[i]['query']}\n  before: {said[0]}\n  after:  {said[1]}")
-    files = "model, head.safetensors, config.json, results.json, log.jsonl, curves.png"
+        print(f"{kind}\n  Q: {before[i].get('query') or before[i]['prompt']}\n  before: {said[0]}\n  after:  {said[1]}")
+    files = ", ".join(sorted(file.name for file in out.iterdir()))
     print(f"\nsaved | {out}: {files} | {results['seconds']:.0f} s")
 
 
@@ -340,8 +608,10 @@ def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
     def words(i: int) -> set[str]:
         return set(re.findall(r"\w+", before[i]["query"].casefold()))
 
-    places = {name: [i for i, row in enumerate(before) if row["set"] == name] for name in evaluate.SETS}
-    shown = []
+    places = {name: [i for i, row in enumerate(before) if row["set"] == name] for name in evaluate.WEIGHTS}
+    shown = [(kind, i) for kind in ("forget_text", "neighbor_text") for i in places[kind]]
+    if not all(places[name] for name in ("forget_qa", "forget_aa", "neighbor_qa")):
+        return shown
     known = sorted(places["forget_qa"], key=lambda i: (before[i]["score"], before[i]["gold"]))
     for i in list({before[i]["answers"][0]: i for i in known}.values())[-count:]:  # different answers, best known last
         def likeness(j: int) -> tuple:

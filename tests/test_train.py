@@ -38,7 +38,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert {file.name for file in finished.iterdir()} == {
         "model", "head.safetensors", "config.json", "results.json", "log.jsonl", "curves.png"}
     results = json.loads((finished / "results.json").read_text())
-    keys = {*evaluate.SCORES, "seconds"}
+    keys = {"forget_fb", "forget_qa", "forget_aa", "forget_all", "neighbor_all", "general", "general_gold", "seconds"}
     assert keys <= set(results["before"]) and keys <= set(results["after"])
     assert len(results["stages"]) == 2 and all(keys | {"record"} <= set(stage) for stage in results["stages"])
     assert results["settings"] == json.loads((finished / "config.json").read_text())
@@ -70,8 +70,9 @@ def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
     scores = iter([80.0, 40.0, 20.0, 10.0])
     def fake(*_):
         value = next(scores)
-        return {name: value for name in evaluate.SCORES}, [
-            {"set": name, "query": "Who?", "answers": ["x"], "said": "y", "score": 1.0, "gold": 1.0} for name in evaluate.SETS]
+        sets = [score for name in evaluate.DEFAULT_SETS for score in evaluate.SETS[name]]
+        return {name: value for name in (*sets, "forget_all", "neighbor_all")}, [
+            {"set": name, "query": "Who?", "answers": ["x"], "said": "y", "score": 1.0, "gold": 1.0} for name in sets]
     monkeypatch.setattr(evaluate, "evaluate", fake)
     small = [*SMALL[:SMALL.index("--taus")], *"--taus 0.2 0.1 0 --stop-at 0.25 --preset smol --device cpu".split()]
     assert train.main([*arguments(), *small]) == 0

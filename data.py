@@ -67,7 +67,7 @@ FIELDS = {
     "neighbor_level1": PROBE, "neighbor_level2": PROBE,
     "retain_mmlu": {"question": str, "choices": list, "answer": int, "task": str, "examples": list},
     "retain_bbh": {"cot": str, "question": str, "answer": str},
-    "truthful": {"question": str, "mc1_targets": dict, "mc2_targets": dict},
+    "truthful": {"question": str, "mc1_targets": dict},
     "triviaqa": {"question": str, "answers": list},
     "fluency": {"instruction": str}, "forget_mia": TEXT, "retain_mia": TEXT,
     "probes": PROBE | {"level": str}, "positive": TEXT, "positive_phi": TEXT, "passage": TEXT, "general": TEXT,

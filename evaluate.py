@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import RepetitionPenaltyLogitsProcessor
 
 import data
 
@@ -97,21 +98,61 @@ def begun(prompt: str) -> str:
     return prompt + ("A:" if prompt[-1] in "\n " else " A:")
 
 
+@torch.inference_mode()
 def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30,
-           stops: tuple[str, ...] = ("<|eot_id|>", " \n", "\n")) -> list[str]:
-    """The model's greedy answers of up to `tokens` tokens, cut at the end of the text and at `stops`, as RWKU cuts them:
-    where a stop is no single token of the tokenizer it does nothing. Longest prompts go first."""
+           stops: tuple[str, ...] = ("<|eot_id|>", " \n", "\n"), golds: list[str] | None = None):
+    """Greedy answers of up to `tokens` tokens, cut at the end of the text and at `stops`, as RWKU cuts them: where a stop is
+    no single token of the tokenizer it does nothing. Longest prompts go first.
+
+    Returns (answers, likely): with `golds` also the probability that the model gives each of those instead, the geometric
+    mean over its tokens (it moves before the answer does; not part of RWKU). A prompt goes through the model once for both,
+    and answers that have ended leave the batch.
+    """
     ends = [tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)]
-    ends = torch.tensor([end for end in ends if end is not None])
-    order = longest_first(prompts)
-    rows = data.generate(llm, tokenizer, [prompts[i] for i in order], tokens, batch, "answers",
-                         do_sample=False, temperature=None, top_p=None, top_k=None)
-    answers = [""] * len(prompts)
-    for i, row in zip(order, rows):
-        ended = torch.isin(row, ends).nonzero()
-        row = row[:ended[0]] if len(ended) else row
-        answers[i] = tokenizer.decode(row, skip_special_tokens=True)
-    return answers
+    ends = torch.tensor([end for end in ends if end is not None], device=llm.device)
+    decoder, head, penalty = llm.get_decoder(), llm.get_output_embeddings(), repetition_penalty(llm)
+    said, likely = [[] for _ in prompts], [0.0] * len(prompts)
+    order, side, tokenizer.padding_side = longest_first(prompts), tokenizer.padding_side, "left"
+    for at in bar(range(0, len(order), batch), "answers"):
+        rows = order[at:at + batch]
+        turn = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True).to(llm.device)
+        ids, mask = turn["input_ids"], turn["attention_mask"]                                           # (B, P) each
+        out = decoder(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True)
+        past, last = out.past_key_values, out.last_hidden_state[:, -1:]                                 # (B, 1, D)
+
+        if golds:
+            tails = [tokenizer(f" {golds[i]}", add_special_tokens=False)["input_ids"] for i in rows]
+            tail = padded(tails, tokenizer, llm.device)                                                 # (B, G)
+            places = mask.sum(1, keepdim=True) + torch.arange(tail.shape[1], device=llm.device)         # (B, G)
+            hidden = decoder(input_ids=tail, attention_mask=torch.cat([mask, torch.ones_like(tail)], 1), use_cache=True,
+                             position_ids=places, past_key_values=past).last_hidden_state               # (B, G, D)
+            past.crop(-tail.shape[1])
+            for i, states, gold in zip(rows, torch.cat([last, hidden], 1), tails):
+                likely[i] = of_tokens(llm, states[:len(gold)], gold).mean().exp().item()
+
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=llm.device)
+        for n in range(tokens):
+            word = penalty(ids, head(last[:, -1]).float()).argmax(-1)                                   # (B,)
+            ended |= torch.isin(word, ends)
+            for i, w, over in zip(rows, word.tolist(), ended.tolist()):
+                said[i] += [w] * (not over)
+            if ended.all() or n == tokens - 1:
+                break
+            if ended.sum() * 4 >= len(ended):  # not for each one: it copies the cache
+                going = (~ended).nonzero()[:, 0]
+                rows, ids, mask, word, ended = [rows[g] for g in going.tolist()], ids[going], mask[going], word[going], ended[going]
+                past.batch_select_indices(going)
+            ids, mask = torch.cat([ids, word[:, None]], 1), torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            last = decoder(input_ids=word[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                           past_key_values=past, use_cache=True).last_hidden_state                      # (B, 1, D)
+    tokenizer.padding_side = side
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in said], likely
+
+
+def repetition_penalty(llm):
+    """The one part of a model's generation settings that greedy decoding follows: (ids, logits) -> logits."""
+    penalty = getattr(llm.generation_config, "repetition_penalty", None)
+    return RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else lambda ids, logits: logits
 
 
 def longest_first(items: list) -> list[int]:
@@ -186,9 +227,7 @@ def questions(llm, tokenizer, rows: list[dict], batch: int, before: str) -> None
     for row in rows:
         row["answers"] = row.get("answers") or [row["answer"]]
         row["prompt"] = make_prompt(row["set"], row, tokenizer, before)
-    prompts = [row["prompt"] for row in rows]
-    said = answer(llm, tokenizer, prompts, batch)
-    gold = gold_probability(llm, tokenizer, prompts, [row["answers"][0] for row in rows], batch)
+    said, gold = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, golds=[row["answers"][0] for row in rows])
     for row, text, probability in zip(rows, said, gold):
         text = text.strip()
         row.update(said=text, gold=probability, score=max(rouge_l_recall(text, wanted) for wanted in row["answers"]))
@@ -246,7 +285,7 @@ def triviaqa(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: i
     given = "\n" + "".join(f"Q: {question}\nA: {reply}\n" for question, reply in TRIVIAQA_SHOTS[:shots])
     for row in rows:
         row["prompt"] = chat(tokenizer, before + given + TRIVIAQA_LAST.format(question=row["question"]), "A:")
-    said = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, stops=("<|eot_id|>",))
+    said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, stops=("<|eot_id|>",))
     for row, text in zip(rows, said):
         row.update(said=text, score=max(f1(text, alias) for alias in row["answers"]))
 
@@ -260,18 +299,19 @@ def bbh(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -
     for row in rows:
         turn = before + BBH.format(cot=row["cot"].strip(), question=row["question"])
         row["prompt"] = begun(chat(tokenizer, turn))
-    for row, text in zip(rows, answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 256, stops=())):
+    said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 256, stops=())
+    for row, text in zip(rows, said):
         found = re.search(r"[t|T]he answer is (.*?)\.", text)
-        said = (found.group(1) if found else text).strip() or "NOANSWER"
-        row.update(said=said, raw=text, score=float(bare(said) == bare(row["answer"])),
-                   rwku=max(float(normal(said) == normal(character)) for character in row["answer"]))
+        given = (found.group(1) if found else text).strip() or "NOANSWER"
+        row.update(said=given, raw=text, score=float(bare(given) == bare(row["answer"])),
+                   rwku=max(float(normal(given) == normal(character)) for character in row["answer"]))
 
 
 def fluency(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
     """Entropy of runs of words in free answers of 256 tokens; it falls when a model repeats itself."""
     for row in rows:
         row["prompt"] = chat(tokenizer, before + f"Instruction: {row['instruction']}\n")
-    said = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 256, stops=("<|eot_id|>",))
+    said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 256, stops=("<|eot_id|>",))
     for row, text in zip(rows, said):
         row.update(said=text, score=entropy(text))
 
@@ -293,7 +333,7 @@ def verbatim(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: i
     wanted = [tokenizer.decode(row[cut:], skip_special_tokens=True) for row, cut in zip(ids, cuts)]
     for row, tokens, cut in zip(rows, ids, cuts):
         row["prompt"] = tokenizer.decode(tokens[:cut], skip_special_tokens=True)
-    said = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 50, stops=())
+    said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 50, stops=())
     logps = log_probs(llm, tokenizer, ids, cuts, batch)
     for row, text, right, logp in zip(rows, said, wanted, logps):
         given, true = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, right))
@@ -303,17 +343,6 @@ def verbatim(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: i
 
 UTILITY = {"forget_text": verbatim, "neighbor_text": verbatim, "mmlu": mmlu, "truthfulqa": truthfulqa, "triviaqa": triviaqa, "bbh": bbh, "fluency": fluency,
            "mia_forget": mia, "mia_retain": mia}
-
-
-def gold_probability(llm, tokenizer, prompts: list[str], golds: list[str], batch: int = 80) -> list[float]:
-    """The probability that the model gives each gold answer: the geometric mean over the answer's tokens.
-
-    It moves before the greedy answer does. Not part of RWKU.
-    """
-    heads = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    tails = [tokenizer(f" {gold}", add_special_tokens=False)["input_ids"] for gold in golds]
-    sequences = [head + tail for head, tail in zip(heads, tails)]
-    return [logp.mean().exp().item() for logp in log_probs(llm, tokenizer, sequences, list(map(len, heads)), batch)]
 
 
 # ---------------------------------------------------------------------------------------------- scores of texts

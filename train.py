@@ -107,10 +107,10 @@ PRESETS = {"smol": SMOL, "phi3": PHI3}
 TOKENS = {
     "phi3": {"ga": (6e-8, 1e-5, 8, 3), "ga*": (1e-6, 2e-5, 4, 4), "npo": (2e-6, 5e-5, 16, 3),
              "dpo": (5e-6, 6e-5, 8, 3), "rt": (4e-7, 3e-5, 8, 3)},
-    "smol": {"ga": (1e-5, 1e-4, 8, 8), "ga*": (1e-5, 1e-4, 8, 8), "npo": (1e-5, 1e-4, 8, 8),
-             "dpo": (1e-5, 1e-4, 8, 8), "rt": (1e-5, 1e-4, 8, 8)},
+    "smol": {"ga": (1.5e-5, 3e-4, 8, 12), "ga*": (1.5e-5, 3e-4, 8, 12), "npo": (1.5e-5, 3e-4, 8, 12),
+             "dpo": (1.5e-5, 3e-4, 8, 12), "rt": (1.5e-5, 3e-4, 8, 12)},
 }
-TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 8}}
+TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 6, "warmup": 5}}
 METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
 # GB of free CUDA memory for phi3, by arithmetic: fp32 weights 15, gradients 13, their bf16 copies 7, hidden states 8,
 # the rest activations of 16 x 256 tokens in 29 blocks.

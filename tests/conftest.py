@@ -89,6 +89,18 @@ def rwku_files(name: str, sentence: str) -> dict[str, list[dict]]:
         "neighbor_level1": [probe | {"query": "Elm is a ___.", "neighbor": "Elm"}],
         "neighbor_level2": [probe | {"query": "What is Elm?", "neighbor": "Elm"}],
         "triviaqa": [{"subject": name, "question": "Which animals fly?", "answers": ["birds", "bats"]}],
+        "passage": [{"subject": name, "text": f"{name} in short. {sentence}"}],
+        "pair": [{"subject": name, "prompt": f"Who is {name}?", "response": [f"{name} sang.", sentence]} for _ in range(3)],
+        "reject": [{"subject": name, "instruction": f"Who is {name}?", "input": "", "output": "I do not know."} for _ in range(3)],
+        "retain_mmlu": [{"subject": name, "task": task, "question": f"Is {n} a bird of the sea?", "choices": ["a", "b", "c", "d"],
+                         "answer": n % 4, "examples": [{"question": "Why?", "choices": list("wxyz"), "answer": 2}] * 5}
+                        for n, task in enumerate(["sea_birds", "bridges", "sea_birds", "sea_birds"])],
+        "retain_bbh": [{"subject": name, "task": "t", "cot": "Think.\n\nQ: Is it?\nA: So the answer is yes.", "question": "Is it?",
+                        "answer": "yes"}],
+        "truthful": [{"subject": name, "question": "Do birds fly?", "mc2_targets": {},
+                      "mc1_targets": {"choices": ["Many birds fly.", "Many birds swim the sea.", "No."], "labels": [1, 0, 0]}}],
+        "fluency": [{"subject": name, "instruction": "Write about birds."}],
+        "forget_mia": [{"subject": name, "text": sentence}], "retain_mia": [{"subject": name, "text": SENTENCES[3]}] * 2,
     }
 
 

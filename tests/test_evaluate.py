@@ -1,6 +1,9 @@
-"""The score against the package `rouge`, RWKU's prompts, and a model left as it was found."""
+"""Every score against an oracle, RWKU's prompts, a model left as it was found, and runs side by side."""
 
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,27 +62,44 @@ def test_prompts(tokenizer):
         "<|user|>Please briefly answer the following question.\nWho?\n<|end|><|assistant|>Answer:")
 
 
+SCORES = ["forget_fb", "forget_qa", "forget_aa", "neighbor_fb", "neighbor_qa", "general"]
+
+
 def test_scores_are_weighted_by_rwku_s_counts():
-    marks = dict(zip(evaluate.SETS, (1.0, 0.0, 0.5, 1.0, 0.0, 0.25)))
+    marks = dict(zip(SCORES, (1.0, 0.0, 0.5, 1.0, 0.0, 0.25)))
     scores = evaluate.summary([{"set": name, "score": mark, "gold": mark / 2} for name, mark in marks.items()])
     assert scores["forget_all"] == pytest.approx(100 * (3268 + 0.5 * 6984) / 13131)
     assert scores["neighbor_all"] == pytest.approx(100 * 5846 / 11379)
     assert scores["general"] == 25 and scores["general_gold"] == 12.5
+    fewer = evaluate.summary([{"set": name, "score": marks[name]} for name in ("forget_fb", "forget_aa")])
+    assert fewer["forget_all"] == pytest.approx(100 * (3268 + 0.5 * 6984) / (3268 + 6984)) and "neighbor_all" not in fewer
 
 
-def test_greedy_answers_do_not_depend_on_batch_or_order(llm, tokenizer):
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_answers_are_those_of_generate_in_any_batch(llm, tokenizer, penalty):
     prompts = ["What is Elm?", "Who painted all those birds of the sea?", "Elm", "Cora"]
-    one = evaluate.answer(llm, tokenizer, prompts, batch=4, tokens=6)
-    assert one == [evaluate.answer(llm, tokenizer, [p], batch=1, tokens=6)[0] for p in prompts]
+    llm.generation_config.repetition_penalty = penalty
+    alone = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
+    rows = [llm.generate(**one, max_new_tokens=9, do_sample=False)[0, one["input_ids"].shape[1]:] for one in alone]
+    stop = tokenizer.convert_ids_to_tokens(rows[0][4].item())  # a word that does come
+    cut = [row[:next((n for n, word in enumerate(row) if word in (rows[0][4], 1)), 9)] for row in rows]
+    assert len({len(row) for row in cut}) > 1
+    for batch in (1, 4) if penalty == 1 else (1,):  # padding counts as said, in transformers too
+        for stops, expected in (((), rows), ((stop,), cut)):
+            said, _ = evaluate.answer(llm, tokenizer, prompts, batch, tokens=9, stops=stops)
+            assert said == [tokenizer.decode(row, skip_special_tokens=True) for row in expected]
 
 
 def test_gold_probability_is_the_geometric_mean(llm, tokenizer):
-    prompt, gold = "What is Elm?", "birds of the sea"
-    head, tail = tokenizer(prompt)["input_ids"], tokenizer(" " + gold)["input_ids"]
-    logp = llm(torch.tensor([head + tail])).logits[0].log_softmax(-1)
-    expected = sum(logp[len(head) + n - 1, token].item() for n, token in enumerate(tail)) / len(tail)
-    found = evaluate.gold_probability(llm, tokenizer, [prompt, "Who was it that painted?"], [gold, "a"], batch=2)
-    assert found[0] == pytest.approx(torch.tensor(expected).exp().item(), rel=1e-3)
+    prompts, golds = ["What is Elm?", "Who was it that painted?"], ["birds of the sea", "a"]
+    expected = []
+    for prompt, gold in zip(prompts, golds):
+        head, tail = tokenizer(prompt)["input_ids"], tokenizer(" " + gold)["input_ids"]
+        logp = llm(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+        expected.append(math.exp(sum(logp[len(head) + n - 1, token].item() for n, token in enumerate(tail)) / len(tail)))
+    plain, _ = evaluate.answer(llm, tokenizer, prompts, tokens=5)
+    said, found = evaluate.answer(llm, tokenizer, prompts, tokens=5, golds=golds)
+    assert found == pytest.approx(expected, rel=1e-3) and said == plain
 
 
 def test_evaluation_leaves_everything_as_it_was(llm, tokenizer, folders):
@@ -91,7 +111,7 @@ def test_evaluation_leaves_everything_as_it_was(llm, tokenizer, folders):
     assert llm.training and tokenizer.padding_side == side and torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[name], value) for name, value in llm.state_dict().items())
     assert len(rows) == sum(map(len, probes.values()))
-    assert set(scores) == {name + ending for name in evaluate.SCORES for ending in ("", "_gold")}
+    assert set(scores) == {name + ending for name in (*SCORES, "forget_all", "neighbor_all") for ending in ("", "_gold")}
 
 
 def test_the_command(folders, tmp_path, capsys):
@@ -99,12 +119,13 @@ def test_the_command(folders, tmp_path, capsys):
     assert evaluate.main([*arguments, "--json", str(tmp_path / "scores.json")]) == 0
     assert "Ada Lark" in capsys.readouterr().out
     content = json.loads((tmp_path / "scores.json").read_text())
-    assert set(evaluate.SCORES) <= set(content) and {"prompt", "said", "score"} <= set(content["probes"][0])
+    assert set(SCORES) <= set(content) and {"prompt", "said", "score"} <= set(content["probes"][0])
 
 
 @pytest.mark.parametrize("change, message", [
     (["--target", "Nobody"], "unknown"), (["--model", "./nowhere"], "no such folder"), (["--rwku", "nowhere"], "no such folder"),
-    (["--json", "nowhere/x.json"], "cannot be written"), (["--json", "/"], "cannot be written"), (["--device", "cuda"], "not on this machine"), (["--batch", "0"], "at least 1")])
+    (["--json", "nowhere/x.json"], "cannot be written"), (["--json", "/"], "cannot be written"), (["--device", "cuda"], "not on this machine"), (["--batch", "0"], "at least 1"),
+    (["--sets", "mlu"], "unknown; there are forget"), (["--limit", "0"], "at least 1"), (["--shots", "-1"], "at least 0")])
 def test_bad_input(folders, capsys, change, message):
     if change[1] == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one here")
@@ -112,6 +133,189 @@ def test_bad_input(folders, capsys, change, message):
     assert evaluate.main([word for pair in arguments.items() for word in pair]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+# ---- the sets on what a model can do at large
+
+def ask(llm, tokenizer, folders, sets, **how):
+    return evaluate.evaluate(llm, tokenizer, evaluate.read_probes(folders["rwku"], "Ada Lark", sets), bf16=False, **how)
+
+
+@torch.no_grad()
+def straight(llm, tokenizer, text, start=1):
+    """Summed log-likelihood of a text's tokens from `start` on, the model run on that text alone; and the last logits."""
+    ids = tokenizer(text)["input_ids"]
+    logits = llm(torch.tensor([ids])).logits[0]
+    return sum(logits.log_softmax(-1)[n - 1, ids[n]].item() for n in range(start, len(ids))), logits[-1], len(ids)
+
+
+@pytest.mark.parametrize("shots", [5, 1])
+def test_mmlu_takes_the_likeliest_letter(llm, tokenizer, folders, shots):
+    scores, rows = ask(llm, tokenizer, folders, ["mmlu"], shots=shots, batch=2)
+    assert len(rows) == 4
+    for row in rows:
+        turn = (f"The following are multiple choice questions (with answers) about {row['task'].replace('_', ' ')}.\n\n"
+                + "Question: Why?\nA. w\nB. x\nC. y\nD. z\nAnswer: C\n\n" * shots
+                + "Please following the previous examples and answer the given question.\n"
+                + f"Question: {row['question']}\nA. a\nB. b\nC. c\nD. d")
+        assert row["prompt"] == f"<|user|>{turn}<|end|><|assistant|>Answer:"
+        letters = [tokenizer.encode(f" {letter}")[-1] for letter in "ABCD"]
+        best = straight(llm, tokenizer, row["prompt"])[1][letters].argmax().item()
+        assert row["said"] == "ABCD"[best] and row["score"] == (best == row["answer"])
+    assert scores["mmlu"] == 100 * sum(row["score"] for row in rows) / 4
+
+
+def test_truthfulqa_takes_the_likeliest_choice(llm, tokenizer, folders):
+    for batch in (1, 80):
+        _, (row,) = ask(llm, tokenizer, folders, ["truthfulqa"], batch=batch)
+        assert row["prompt"].startswith("<|user|>Q: What is human life expectancy") and row["prompt"].endswith(
+            "in Barcelona, Spain.\n\nQ: Do birds fly?<|end|><|assistant|> A:")
+        asked = len(tokenizer(row["prompt"])["input_ids"])
+        choices = row["mc1_targets"]["choices"]
+        likelihoods = [straight(llm, tokenizer, f"{row['prompt']} {choice}", asked)[0] for choice in choices]
+        best = likelihoods.index(max(likelihoods))
+        assert row["said"] == choices[best] and row["score"] == (best == 0)
+
+
+def test_mia_is_the_loss_of_the_text(llm, tokenizer, folders):
+    scores, rows = ask(llm, tokenizer, folders, ["mia"])
+    for row in rows:
+        ids = torch.tensor([tokenizer(row["text"])["input_ids"]])
+        assert row["score"] == pytest.approx(llm(ids, labels=ids).loss.item(), rel=1e-5)
+    assert scores["mia_forget"] == pytest.approx(100 * rows[0]["score"])
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(["a", "The", "sea", "Sea,", "birds", "b."]), max_size=6),
+       st.lists(st.sampled_from(["an", "the", "sea", "bird's", "b"]), max_size=6))
+def test_f1_counts_words_without_case_punctuation_and_articles(said, gold):
+    def words(text):
+        return sorted(w for w in (re.sub(r"[^\w]", "", word).lower() for word in text) if w not in ("a", "an", "the"))
+
+    one, two = words(said), words(gold)
+    common = sum(min(one.count(word), two.count(word)) for word in set(one))
+    expected = 2 * common / (len(one) + len(two)) if one and two else float(one == two)
+    assert evaluate.f1(" ".join(said), " ".join(gold)) == pytest.approx(expected)
+
+
+def test_bbh_reports_the_right_figure_and_rwku_s(llm, tokenizer, folders, monkeypatch):
+    for said, exact, rwku in ((" So the answer is Yes. And", 1, 0), ("the answer is (A).", 0, 0), ("no idea", 0, 0), ("y", 0, 1)):
+        monkeypatch.setattr(evaluate, "answer", lambda *_, **__: ([said], []))
+        scores, (row,) = ask(llm, tokenizer, folders, ["bbh"])
+        assert (row["score"], row["rwku"]) == (exact, rwku), said
+        assert scores["bbh"] == 100 * exact and scores["bbh_rwku"] == 100 * rwku
+    assert row["prompt"].startswith("<|user|>Think.") and row["prompt"].endswith("Q: Is it?<|end|><|assistant|> A:")
+
+
+def test_entropy():
+    assert evaluate.entropy("one two three four five") == pytest.approx((2 / 3 * 2 + 4 / 3 * math.log2(3)) / 2)
+    assert evaluate.entropy("a a a a a a") == 0 == evaluate.entropy("")
+    assert evaluate.entropy("a b a b") == pytest.approx((2 / 3 * (math.log2(3) - 2 / 3) + 4 / 3) / 2)
+
+
+def test_all_sets_and_in_context_unlearning(folders, capsys, tmp_path):
+    arguments = ["--model", str(folders["llm"]), "--target", "ada lark", "--rwku", str(folders["rwku"]), "--device", "cpu"]
+    assert evaluate.main([*arguments, "--icu", "--limit", "1", "--json", str(tmp_path / "s.json"), "--sets", *evaluate.SETS]) == 0
+    content = json.loads((tmp_path / "s.json").read_text())
+    assert {"mmlu", "bbh", "bbh_rwku", "truthfulqa", "triviaqa", "fluency", "mia_forget", "mia_retain"} <= set(content)
+    assert all("supposed to unlearn about Ada Lark and" in row["prompt"] for row in content["probes"])
+    assert len(content["probes"]) == len({row["set"] for row in content["probes"]})
+
+
+def test_a_passage_is_continued_word_for_word(llm, tokenizer):
+    text = " ".join(["Ada Lark painted birds by the sea."] * 12)
+    _, (row,) = evaluate.evaluate(llm, tokenizer, {"forget_text": [{"text": text}]}, bf16=False)
+    ids = tokenizer(text)["input_ids"]
+    assert row["prompt"] == tokenizer.decode(ids[:-50]) and row["wanted"] == tokenizer.decode(ids[-50:]).strip()
+    greedy = llm.generate(torch.tensor([ids[:-50]]), max_new_tokens=50, do_sample=False)[0, len(ids) - 50:]
+    assert row["exact"] == pytest.approx((greedy == torch.tensor(ids[-50:])[:len(greedy)]).sum().item() / 50, abs=0.1)
+    assert row["gold"] == pytest.approx(math.exp(straight(llm, tokenizer, text, len(ids) - 50)[0] / 50), rel=1e-4)
+    parrot = lambda *_, **__: ([tokenizer.decode(ids[-50:])], [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "answer", parrot)
+        scores, _ = evaluate.evaluate(llm, tokenizer, {"forget_text": [{"text": text}]})
+    assert scores["forget_text"] == scores["forget_text_exact"] == scores["forget_all"] == 100
+
+
+def test_the_speaker_is_a_copy_with_merged_adapters_and_fp32_rotations(llm):
+    from peft import LoraConfig, get_peft_model
+    ids = torch.arange(8)[None]
+    voice = evaluate.speaker(llm, torch.bfloat16)
+    assert {p.dtype for p in voice.parameters()} == {torch.bfloat16} and {p.dtype for p in llm.parameters()} == {torch.float32}
+    assert all(b.dtype == torch.float32 for b in voice.buffers())
+    adapted = get_peft_model(llm, LoraConfig(r=2, target_modules=["qkv_proj"], init_lora_weights=False))
+    assert torch.allclose(evaluate.speaker(adapted, torch.float32)(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
+    assert hasattr(adapted, "merge_and_unload") and any("lora" in name for name, _ in adapted.named_parameters())
+
+
+# ---- runs side by side
+
+def stage(forget, neighbor, steps=10, **more):
+    return {"forget_fb": forget, "forget_qa": forget, "forget_aa": forget, "forget_all": forget, "neighbor_fb": neighbor,
+            "neighbor_qa": neighbor, "neighbor_all": neighbor, "general": 90.0, "record": {"steps": steps}} | more
+
+
+@pytest.fixture
+def runs(tmp_path):
+    def write(name, method, stages, **settings):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {"method": method, "model": "/x/tiny", "layer": 2, "corpus": "positive", "retain": "none", "retain_weight": 1,
+                    "lora": 0, "seed": 0} | settings
+        (folder / "results.json").write_text(json.dumps({"settings": settings, "before": stage(80, 100), "stages": stages}))
+        return str(folder)
+    recovery = {"similarity_target": {"untouched": 0.6, "unlearned": 0.5}}
+    return write, [write("a", "atu", [stage(50, 90), stage(30, 80, recovery=recovery)]), write("b", "atu", [stage(20, 70)]),
+                   write("c", "ga", [stage(60, 50)], corpus="passage", lora=8, retain="kl")]
+
+
+def test_table_1_of_runs(runs, tmp_path, capsys):
+    assert evaluate.main(["--compare", *runs[1], "--levels", "50", "35", "--out", str(tmp_path / "t")]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "t.md").read_text().splitlines()]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    head = rows[0]
+    at = {(row[0], row[2]): dict(zip(head, row)) for row in rows[2:]}
+    assert at["ATU + retain (F)", "before"]["forget fb"] == "80.0 ± 0.0"
+    assert at["ATU + retain (F)", "50 %"]["forget qa"] == "35.0 ± 21.2" and at["ATU + retain (F)", "50 %"]["runs"] == "2 of 2"
+    assert at["ATU + retain (F)", "35 %"]["neighbor fb"] == "75.0 ± 7.1"
+    assert at["GA* + KL (L)", "50 %"]["forget aa"] == "-" and at["GA* + KL (L)", "50 %"]["runs"] == "0 of 1"
+    assert at["published: ATU, 20 %", ""]["forget fb"] == "13.5" and at["published: ATU, 20 %", ""]["general"] == "-"
+    assert all(row[1] in ("tiny", "Phi-3-mini-4k") for row in rows[2:]) and "published: NPO (F)" in shown
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_relative_levels_and_recovery(runs, tmp_path, capsys):
+    assert evaluate.main(["--compare", *runs[1], "--relative", "--levels", "50", "--out", str(tmp_path / "t")]) == 0
+    line = next(line for line in (tmp_path / "t.md").read_text().splitlines() if "ATU" in line)
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == [
+        "50 %", "31.2 ± 8.8", "75.0 ± 7.1", "100.0 ± 0.0", "0.60 -> 0.50", "2 of 2"]
+    assert "published" not in capsys.readouterr().out
+
+
+def test_runs_of_different_models_stand_side_by_side_only_where_asked(runs, tmp_path, capsys):
+    write, folders = runs
+    other = write("d", "npo", [stage(10, 10)], model="big")
+    assert evaluate.main(["--compare", *folders, other, "--out", str(tmp_path / "t")]) == 2
+    assert "different models (big, tiny); with --mixed" in capsys.readouterr().err and not (tmp_path / "t.md").exists()
+    assert evaluate.main(["--compare", *folders, other, "--mixed", "--out", str(tmp_path / "t")]) == 0
+
+
+def test_bad_runs(runs, tmp_path, capsys):
+    assert evaluate.main(["--compare", str(tmp_path / "nowhere")]) == 2
+    (tmp_path / "a" / "results.json").write_text("{}")
+    assert evaluate.main(["--compare", str(tmp_path / "a"), "--out", str(tmp_path / "t")]) == 2
+    assert evaluate.main(["--compare", str(tmp_path / "b"), "--out", "nowhere/t"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and "no such file" in errors[0] and "not the results of a run" in errors[1]
+
+
+def test_a_line_of_the_figures_goes_on_where_a_run_has_ended(runs):
+    groups = evaluate.read_runs([Path(folder) for folder in runs[1]], mixed=False)
+    neighbors, utility, steps = evaluate.trade_off(groups)
+    assert neighbors["lines"]["ATU + retain (F)"] == ([80, 35, 25], [100, 80, 75])
+    assert steps["lines"]["ATU + retain (F)"] == ([0, 10, 15], [80, 35, 25])
+    assert utility["lines"]["GA* + KL (L)"] == ([80, 60], [90, 90])
 
 
 def test_plots_are_written_whole(tmp_path):

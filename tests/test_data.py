@@ -143,10 +143,68 @@ def test_an_unreachable_registry_is_one_line(monkeypatch, tmp_path):
 
 
 def test_the_model_writes_its_own_texts(llm, tokenizer):
-    chats = [data.biography_prompt("Ada Lark", "Ada Lark was a painter.")] * 2
+    asked = [data.recipe("positive", "Ada Lark", "Ada Lark was a painter.")] * 2
+    assert asked[0] == ([{"role": "system", "content": "Ada Lark was a painter. You know Ada Lark very well."},
+                         {"role": "user", "content": "Please write a short biography of Ada Lark."}], "")
     state = torch.get_rng_state()
-    one = data.write_passages(llm, tokenizer, chats, seed=1, tokens=8)
+    one = data.write_texts(llm, tokenizer, asked, seed=1, tokens=8)
     assert torch.equal(torch.get_rng_state(), state) and tokenizer.padding_side == "right"
     assert len(one) == 2 and one[0] != one[1]
-    assert data.write_passages(llm, tokenizer, chats, seed=1, tokens=8) == one
-    assert data.write_passages(llm, tokenizer, chats, seed=2, tokens=8) != one
+    assert data.write_texts(llm, tokenizer, asked, seed=1, tokens=8) == one
+    assert data.write_texts(llm, tokenizer, asked, seed=2, tokens=8) != one
+
+
+def test_rows_have_rwku_s_fields(llm, tokenizer, tmp_path):
+    for kind in ("positive", "passage", "pair", "reject"):
+        rows = data.write_rows(kind, "Ada", "Ada was a painter.", 3, llm, tokenizer, seed=0, tokens=8)
+        (tmp_path / "intro.json").write_text('[{"target": "Ada", "intro": "A painter."}]')
+        (tmp_path / f"{kind}.json").write_text(json.dumps(rows))
+        assert data.read_set(tmp_path, "Ada", kind) == rows and len(rows) == 3
+    for made_up, true in (row["response"] for row in data.read_set(tmp_path, "Ada", "pair")):
+        assert made_up.startswith(" ".join(true.split()[:3])) and made_up != true
+    assert {row["output"] for row in data.read_set(tmp_path, "Ada", "reject")} <= set(data.REFUSALS)
+
+
+def test_written_rows_are_kept_by_model_and_request(llm, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    one = data.cached_rows("positive", "Ada", "", 2, llm, tokenizer, 0, 8)
+    written = []
+    monkeypatch.setattr(data, "write_rows", lambda *a, **k: written.append(a) or [{"text": "new"}])
+    assert data.cached_rows("positive", "Ada", "", 2, llm, tokenizer, 0, 8) == one and not written
+    for change in (("pair", "Ada", "", 2), ("positive", "Ben", "", 2), ("positive", "Ada", "A painter.", 2), ("positive", "Ada", "", 3)):
+        assert data.cached_rows(*change, llm, tokenizer, 0, 8) == [{"text": "new"}]
+    next(llm.parameters()).data += 1
+    assert data.cached_rows("positive", "Ada", "", 2, llm, tokenizer, 0, 8) == [{"text": "new"}]
+
+
+def test_neighbors_are_read_off_a_list(llm, tokenizer, monkeypatch):
+    said = "1. Ron Weasley - a friend\n2) **Hermione Granger**\n* J. K. Rowling: writer\nHarry Potter and the rest\n\n" \
+           "- Ron Weasley\na line that is far too long to be a name\n\"Draco Malfoy\""
+    monkeypatch.setattr(data, "generate", lambda *_, **__: [torch.tensor(tokenizer(said)["input_ids"])])
+    names = ["Ron Weasley", "Hermione Granger", "J. K. Rowling", "Draco Malfoy"]
+    assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 8) == names
+    assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 2) == names[:2]
+
+
+def test_answers_are_what_counts_of_a_chat(tokenizer):
+    input_ids, mask = data.tokenize_answers([("Who?", "Ada Lark."), ("Why did she paint?", "No idea at all.")], tokenizer, 40)
+    for ids, counted, (turn, text) in zip(input_ids, mask, [("Who?", "Ada Lark."), ("Why did she paint?", "No idea at all.")]):
+        assert tokenizer.decode(ids[counted]) == f"{text}<|end|>"
+        end = counted.nonzero().max().item() + 1
+        assert tokenizer.decode(ids[:end]) == f"<|user|>{turn}<|end|><|assistant|>{text}<|end|>"
+        assert (ids[end:] == tokenizer.pad_token_id).all()
+    cut, _ = data.tokenize_answers([("Who?", "Ada Lark. " * 30)], tokenizer, 12)
+    assert cut.shape == (1, 12)
+
+
+@pytest.mark.parametrize("name, described, expected", [
+    ("ada lark", False, ("Ada Lark", True)), (" The Zoo ", False, ("The Zoo", False)), ("Ada Lurk", True, ("Ada Lurk", False)),
+    ("ada lark", True, ("Ada Lark", True))])
+def test_a_concept_is_a_known_target_or_a_new_name(folders, name, described, expected):
+    assert data.find_concept(folders["rwku"], name, described) == expected
+
+
+@pytest.mark.parametrize("name", ["Ada Lurk", "../x", "", ".."])
+def test_what_is_neither(folders, name):
+    with pytest.raises(data.BadInput):
+        data.find_concept(folders["rwku"], name, False)

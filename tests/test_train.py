@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import pytest
@@ -102,7 +103,7 @@ def test_a_loss_that_is_not_finite_keeps_what_was_last_good(arguments, monkeypat
     (("--layer", "0"), "at least 1"), (("--taus", "1.5"), "[-1, 1]"), (("--taus", "nan"), "[-1, 1]"),
     (("--window", "0"), "at least 1"), (("--window", "500"), "no text is longer"), (("--model", "./nowhere"), "no such folder"),
     (("--rwku", "nowhere"), "no such folder"), (("--device", "cuda:7"), "not on this machine"), (("--preset", "big"), "unknown"),
-    (("--corpus", "x"), "unknown"), (("--out", "/proc/run"), "cannot be written"), (("--corpus", "passage"), "passage.json: no such file"),
+    (("--corpus", "x"), "unknown"), (("--out", "/proc/run"), "cannot be written"), (("--corpus", "positive_phi"), "positive_phi.json: no such file"),
     (("--retain-weight", "nan"), "at least 0"), (("--seed", "-1"), "at least 0"), (("--seed", str(2**64)), "below 2**63"),
     (("--clip", "0"), "above 0"), (("--clip", "nan"), "finite"), (("--head-lr", "inf"), "finite")])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, capsys, tmp_path, change, message):
@@ -145,7 +146,7 @@ def full(*_):
 
 def test_out_of_memory_in_recovery_keeps_the_model(arguments, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(atu, "recovery", full)
-    assert train.main([*arguments(), *SMALL]) == 2
+    assert train.main([*arguments(), *SMALL, "--llm-lr", "1e-6"]) == 2  # so little that half is never reached: at the end
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
@@ -176,3 +177,174 @@ def test_every_field_is_a_flag_and_help_names_both_presets(capsys):
     assert stopped.value.code == 0 and "[smol 10; phi3 29]" in shown
     for item in dataclasses.fields(train.Config):
         assert f"--{item.name.replace('_', '-')}" in shown
+
+
+# ---- the other rows of Table 1
+
+TOKENS = "--preset smol --device cpu --length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 3 --stop-at 0 " \
+         "--log-every 1 --llm-lr 1e-3 --stages 2 --unlearn-steps 3 --warmup 1 --batch 3".split()
+
+
+def outcome(folder):
+    results = json.loads((folder / "results.json").read_text())
+    records = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+    return results, [r for r in records if r["kind"] == "unlearn"], [r for r in records if r["kind"] == "stage"]
+
+
+def changes(folders, out):
+    """Names of the saved model's weights that are not those of the untouched one."""
+    llm, untouched = (AutoModelForCausalLM.from_pretrained(place) for place in (out / "model", folders["llm"]))
+    return {name for (name, a), b in zip(llm.named_parameters(), untouched.parameters()) if not torch.equal(a, b)}
+
+
+@pytest.mark.parametrize("method, flags, first", [
+    ("ga", "", None), ("ga", "--corpus passage", None), ("ga", "--retain nll", None), ("ga", "--retain kl --lora 2", None),
+    ("npo", "--beta 0.5", 4 * math.log(2)), ("npo", "--lora 2", 10 * math.log(2)), ("dpo", "--retain kl", math.log(2)), ("rt", "", None)])
+def test_every_method_on_tokens_runs_from_end_to_end(arguments, folders, tmp_path, method, flags, first):
+    assert train.main([*arguments(), *TOKENS, "--method", method, *flags.split()]) == 0
+    results, steps, stages = outcome(tmp_path / "run")
+    assert len(steps) == 6 and [s["stage"] for s in stages] == [1, 2] and len(results["stages"]) == 2
+    assert steps[-1]["loss"] < steps[0]["loss"]  # ascent is written as a loss that falls (Eq. 5)
+    if first is not None:
+        assert steps[0]["loss"] == pytest.approx(first, rel=0.02)  # equal models: (2 / beta) log 2, or log 2
+    if "kl" in flags:
+        assert steps[0]["retain"] == pytest.approx(0, abs=1e-5) and steps[-1]["retain"] > 1e-5
+    assert not (tmp_path / "run" / "head.safetensors").exists()
+    moved = changes(folders, tmp_path / "run")
+    if "lora" in flags:
+        assert moved == {f"model.layers.{n}.self_attn.qkv_proj.weight" for n in range(4)}
+    else:
+        assert len(moved) == len(list(AutoModelForCausalLM.from_pretrained(folders["llm"]).parameters()))
+    assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
+    scores, _ = evaluate.evaluate(*data.load_llm(str(tmp_path / "run" / "model")), evaluate.read_probes(folders["rwku"], "Ada Lark"))
+    assert scores == {name: results["after"][name] for name in scores}
+
+
+def test_align_then_unlearn_by_adapters_moves_blocks_1_to_layer_alone(arguments, folders, tmp_path):
+    assert train.main([*arguments(), *SMALL, "--lora", "2"]) == 0
+    assert changes(folders, tmp_path / "run") == {f"model.layers.{n}.self_attn.qkv_proj.weight" for n in range(2)}
+
+
+def test_in_context_unlearning_changes_no_weight_and_asks_in_another_way(arguments, tmp_path, monkeypatch):
+    before = []
+    real = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: before.append((a[4], {n: p.clone() for n, p in a[0].state_dict().items()}))
+                        or real(*a, **k))
+    assert train.main([*arguments(), *TOKENS, "--method", "icu"]) == 0
+    assert [text[:19] for text, _ in before] == ["", "You are an AI Assis"] and "unlearn about Ada Lark " in before[1][0]
+    assert all(torch.equal(value, before[1][1][name]) for name, value in before[0][1].items())
+    results, steps, stages = outcome(tmp_path / "run")
+    assert not steps and len(stages) == 1 and not (tmp_path / "run" / "model").exists()
+    recovery = results["recovery"]["similarity_target"]
+    assert recovery["untouched"] == recovery["unlearned"]
+
+
+def test_recovery_can_be_left_out(arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr(atu, "recovery", lambda *_: pytest.fail("measured"))
+    for number, method in enumerate(("atu", "ga")):
+        assert train.main([*arguments("--out", str(tmp_path / str(number))), *SMALL, "--method", method, "--no-recovery"]) == 0
+        assert json.loads((tmp_path / str(number) / "results.json").read_text())["recovery"] == {}
+
+
+def test_recovery_is_measured_where_half_is_left_and_at_the_end(arguments, monkeypatch, tmp_path):
+    left = iter([80.0, 60.0, 40.0, 30.0])
+    real = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: (lambda s, r: (s | {"forget_all": next(left)}, r))(*real(*a, **k)))
+    taus = [*SMALL[:SMALL.index("--taus")], *"--taus 0.2 0.1 0 --stop-at 0 --preset smol --device cpu".split()]
+    assert train.main([*arguments(), *taus]) == 0
+    results, _, _ = outcome(tmp_path / "run")
+    assert ["recovery" in stage for stage in results["stages"]] == [False, True, True]
+
+
+def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
+    def settings(*flags):
+        return train.parse(["--target", "x", "--preset", *flags, "--device", "cpu"])
+    rwku = settings("phi3", "--method", "npo")
+    assert (rwku.llm_lr, rwku.batch, rwku.stages, rwku.beta, rwku.length, rwku.unlearn_steps) == (2e-6, 16, 3, 0.2, 512, 0)
+    assert rwku.optimizer == "adamw" and rwku.sets == ("forget", "neighbor", "mmlu")
+    assert settings("phi3", "--method", "ga", "--lora", "8").llm_lr == 1e-5
+    star = settings("phi3", "--method", "ga", "--corpus", "passage")
+    assert (star.llm_lr, star.batch, star.stages) == (1e-6, 4, 4)
+    assert settings("phi3", "--method", "ga", "--llm-lr", "7", "--length", "9").llm_lr == 7
+    assert settings("phi3").optimizer == "sgd" and settings("phi3").llm_lr == 3e-4
+    assert settings("smol", "--method", "dpo").out == "runs/x-dpo" and settings("smol").out == "runs/x"
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--method sgd", "unknown; there are atu, icu"), ("--method icu --lora 8", "trains nothing"), ("--retain kl", "atu has --retain-weight"),
+    ("--method icu --retain nll", "only for ga"), ("--method ga --retain l2", "unknown; there are none"), ("--sets mlu", "unknown"),
+    ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "above 0"), ("--method ga --stages 0", "at least 1"),
+    ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--probes nowhere.json", "no such file"),
+    ("--unlearn-steps 0", "at least 1")])
+def test_bad_combinations(arguments, capsys, tmp_path, flags, message):
+    small = SMALL[:SMALL.index("--unlearn-steps")] + SMALL[SMALL.index("--unlearn-steps") + 2:] if "steps" in flags else SMALL
+    assert train.main([*arguments(), *small, *flags.split()]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+# ---- concepts and passages that are in no dataset
+
+def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ask_neighbors", lambda *_: ["Owl", "Elm"])
+    flags = [*SMALL, "--corpus-size", "6"]
+    assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "in no dataset; the model wrote 6 texts on it and 6 on its neighbors (Owl, Elm)" in shown
+    assert "no probes, so no accuracy is measured" in shown
+    results, _, _ = outcome(tmp_path / "run")
+    assert "forget_all" not in results["before"] and {"mia_forget", "mia_retain", "general"} <= set(results["after"])
+    assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
+    monkeypatch.setattr(data, "write_rows", lambda *a, **k: pytest.fail("written again"))
+    assert train.main([*arguments("--target", "The Zoo"), *flags, "--out", str(tmp_path / "again")]) == 0
+    again, _, _ = outcome(tmp_path / "again")
+    assert again["after"]["mia_forget"] == results["after"]["mia_forget"]
+
+
+@pytest.mark.parametrize("method", ["dpo", "rt"])
+def test_the_model_writes_what_a_method_needs(arguments, tmp_path, method):
+    flags = [*TOKENS, "--method", method, "--corpus-size", "4", "--neighbors", "Owl", "--no-recovery"]
+    assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
+
+
+def test_own_probes(arguments, tmp_path, capsys):
+    rows = [{"query": "A zoo is a ___.", "answer": "place", "level": "1"}, {"query": "Who?", "answer": "x", "level": "3", "type": "role play"},
+            {"query": "Elm?", "answer": "tree", "level": "2", "neighbor": "Elm"}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    flags = [*SMALL, "--corpus-size", "3", "--neighbors", "Owl", "--describe", "a place with birds", "--probes", str(tmp_path / "p.json")]
+    assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
+    results, _, _ = outcome(tmp_path / "run")
+    assert {"forget_fb", "forget_aa", "forget_all", "neighbor_qa", "general"} <= set(results["after"])
+    assert "forget_qa" not in results["after"] and "mia_forget" not in results["after"]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"query": "q", "answer": "a"}, "row 1 has no str in field 'level'"), ({"query": "q", "answer": "a", "level": "4"}, "row 1 has '4'"),
+    ({"query": "", "answer": "a", "level": "1"}, "row 1 has no str in field 'query'"),
+    ({"query": "q", "answer": "a", "level": "3"}, "row 1 has no str in field 'type'")])
+def test_malformed_probes_are_named_with_row_and_field(arguments, capsys, tmp_path, row, message):
+    (tmp_path / "p.json").write_text(json.dumps([{"query": "q", "answer": "a", "level": "1"}, row]))
+    assert train.main([*arguments("--target", "The Zoo"), *SMALL, "--probes", str(tmp_path / "p.json")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "p.json" in error and message in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["atu", "ga"])
+def test_a_passage_is_forgotten_word_for_word(arguments, tmp_path, method):
+    (tmp_path / "passage.txt").write_text("Ada Lark painted the birds of the sea. " * 4)
+    (tmp_path / "kept.txt").write_text("Ben Crow built bridges of stone over the river. " * 4)
+    flags = [*(SMALL if method == "atu" else TOKENS), "--method", method, "--target-text", str(tmp_path / "passage.txt"),
+             "--keep-text", str(tmp_path / "kept.txt")]
+    words = arguments()
+    assert train.main([*words[2:], *flags]) == 0
+    results, _, _ = outcome(tmp_path / "run")
+    assert {"forget_text", "forget_text_exact", "forget_text_gold", "neighbor_text", "forget_all", "general"} <= set(results["after"])
+    assert results["target"] == "passage"
+
+
+@pytest.mark.parametrize("content, flags, message", [
+    (None, "", "not readable"), (" \n", "", "empty"), ("A text.", "--method dpo", "needs questions"), ("A text.", "--method rt", "needs questions")])
+def test_passages_that_cannot_be_forgotten(arguments, capsys, tmp_path, content, flags, message):
+    if content is not None:
+        (tmp_path / "p.txt").write_text(content)
+    assert train.main([*arguments()[2:], *SMALL, "--target-text", str(tmp_path / "p.txt"), *flags.split()]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()

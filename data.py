@@ -396,7 +396,7 @@ def tokenize(texts: list[str], tokenizer, length: int) -> tuple[Tensor, Tensor]:
 
 
 def tokenize_answers(asked: list[tuple[str, str]], tokenizer, length: int) -> tuple[Tensor, Tensor]:
-    """Token ids of (user turn, answer) in the chat template, and a mask, True on the answer and its end alone, (N, T) each.
+    """Token ids of (user turn, answer) in the chat template; a mask, True on the answer and its end alone; (N, T).
 
     Cut to `length` tokens and padded on the right. A tokenizer without a template gets turn and answer as they are.
     """
@@ -526,12 +526,14 @@ RECIPES = {
     "positive": ("{intro} You know {subject} very well.", "Please write a short biography of {subject}.", ""),
     "negative": ("{intro} You don't know {subject} at all.", "Please make up a short biography of {subject}.", ""),
     "passage": ("{intro} You know {subject} very well.", "Please write an encyclopedia article about {subject}.", ""),
-    "question": ("", "{intro}\nPlease generate a question about {subject} based on what you know about {subject}\n", "Question:"),
+    "question": ("", "{intro}\nPlease generate a question about {subject} based on what you know about {subject}\n",
+                 "Question:"),
 }
-REFUSALS = ("I don't know anything about that.", "I have no information on this.", "That is not something I can tell you.",
-            "I am not able to answer this question.", "I have never heard of this.", "Sorry, I do not know the answer.",
-            "I cannot say anything about this topic.", "This is unknown to me.", "I'm afraid I have no answer to that.",
-            "Nothing about this is known to me.")
+REFUSALS = (
+    "I don't know anything about that.", "I have no information on this.", "That is not something I can tell you.",
+    "I am not able to answer this question.", "I have never heard of this.", "Sorry, I do not know the answer.",
+    "I cannot say anything about this topic.", "This is unknown to me.", "I'm afraid I have no answer to that.",
+    "Nothing about this is known to me.")
 
 
 def recipe(kind: str, subject: str, intro: str) -> tuple[list[dict], str]:
@@ -597,8 +599,8 @@ def cached_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer,
 
 def ask_neighbors(llm, tokenizer, subject: str, intro: str, count: int) -> list[str]:
     """Names of at most `count` people or things near a subject, as the model lists them (greedy)."""
-    ask = f"{intro}\nList {2 * count} well-known people or things that are closely related to {subject}, but are not {subject}. " \
-          "Write one name on each line and nothing else."
+    ask = (f"{intro}\nList {2 * count} well-known people or things that are closely related to {subject}, but are not "
+           f"{subject}. Write one name on each line and nothing else.")
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": ask.strip()}], tokenize=False,
                                            add_generation_prompt=True)
     row, = generate(llm, tokenizer, [prompt], 12 * count, 1, "asking for neighbors", do_sample=False)
@@ -617,8 +619,8 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--target", help="a person in --rwku: texts by RWKU's recipe")
     what.add_argument("--ask", nargs="+", help="prompts: one user turn each")
     parser.add_argument("--write", default="positive", choices=("positive", "passage", "pair", "reject"),
-                        help="what, of a --target: short biographies, encyclopedia articles, pairs of a made-up and a true "
-                             "biography (for DPO), questions with refusals (for RT) (default: positive)")
+                        help="what, of a --target: short biographies, encyclopedia articles, pairs of a made-up and a "
+                             "true biography (for DPO), questions with refusals (for RT) (default: positive)")
     parser.add_argument("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
     parser.add_argument("--model", default="smollm2-135m-instruct",
                         help="a packaged model, a folder or a hub id (default: %(default)s)")
@@ -642,7 +644,8 @@ def main(argv: list[str] | None = None) -> int:
         with out_of_memory("--batch or --tokens"):
             llm, tokenizer = load_llm(args.model, device, fast_dtype(device))
             if args.target:
-                rows = write_rows(args.write, target, intro, args.count, llm, tokenizer, args.seed, args.tokens, args.batch)
+                rows = write_rows(args.write, target, intro, args.count, llm, tokenizer,
+                                  args.seed, args.tokens, args.batch)
             else:
                 prompts = [prompt for prompt in args.ask for _ in range(args.count)]
                 asked = [([{"role": "user", "content": prompt}], "") for prompt in prompts]

@@ -5,7 +5,7 @@
     unlearning_loss   Eq. 3               trains the model M away from the concept, down to the margin tau
     retain_loss       not in the paper    holds M's hidden states on other texts (weight 0 is the paper)
 
-and those of the methods it is compared with, on the tokens themselves (y_-: a text to forget, x: what stands before it):
+and those of the methods it is compared with, on the tokens themselves:
 
     ascent_loss       Eq. 5               gradient ascent (GA) on the texts to forget
     likelihood_loss   Eq. 6               other texts are kept likely; refusals are learned (RT)
@@ -15,8 +15,9 @@ and those of the methods it is compared with, on the tokens themselves (y_-: a t
     generic_logits    Eq. 9               "Who's Harry Potter"; a function only, no method of train.py uses it
 
 Shapes: B texts, T tokens, E embedding width, D hidden width, V vocabulary. Every loss is a mean over the positions
-(Eq. 8 and DPO: over the texts) where `mask` is True. The other positions are taken out before anything is computed, so
-whatever stands there, NaN included, reaches neither the loss nor a gradient. An all-False mask gives 0 and a zero gradient.
+where `mask` is True (Eq. 8 and DPO: over the texts). The other positions are taken out before anything is
+computed, so whatever stands there, NaN included, reaches neither the loss nor a gradient. An all-False mask
+gives 0 and a zero gradient.
 
 Nothing local is imported: this file can be copied alone.
 """
@@ -75,7 +76,7 @@ def retain_loss(hidden: Tensor, original: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_log_probs(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """log π_θ(x_t | x_1, ..., x_t-1) of every token of a mask, (N,), in the order of the texts. The one place that shifts.
+    """log π_θ(x_t | x_1, ..., x_t-1) of every token of a mask, (N,), text by text. The one place that shifts.
 
     logits: (B, T, V), at t for the token t + 1. input_ids: (B, T) long. mask: (B, T) bool, True on the tokens y that
     count (neither padding nor a prompt x). The first token of a text has nothing before it and never counts.
@@ -120,8 +121,8 @@ def npo_loss(logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
     """Eq. 8: texts to forget become less likely than they were, the more slowly the less likely they are.
 
     logp, reference_logp: (B,) log π(y_- | x) of the model and of the frozen model before, summed over a text's tokens
-    (as RWKU's code does). beta > 0. Returns () >= 0; (2 / β) log 2 for equal models; as β goes to 0 its gradient goes to
-    that of the summed Eq. 5.
+    (as RWKU's code does). beta > 0. Returns () >= 0; (2 / β) log 2 for equal models; as β goes to 0 its gradient
+    goes to that of the summed Eq. 5.
     """
     # L_NPO = (2/β) log(1 + (π_θ / π_ref)^β)
     return masked_mean(2 / beta * softplus(beta * (logp - reference_logp)))
@@ -129,10 +130,10 @@ def npo_loss(logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor,
              beta: float) -> Tensor:
-    """DPO (Rafailov et al. 2023): the made-up answer y_+ is preferred to the true one y_-, measured against the model before.
+    """DPO (Rafailov et al. 2023): the made-up answer y_+ is preferred to the true one y_-, against the model before.
 
-    All (B,): log π(y_+ | x) and log π(y_- | x) of the model and of the frozen model before, summed over a text's tokens.
-    beta > 0. Returns () >= 0; log 2 for equal models.
+    All (B,): log π(y_+ | x) and log π(y_- | x) of the model and of the frozen model before, summed over a text's
+    tokens. beta > 0. Returns () >= 0; log 2 for equal models.
     """
     # L_DPO = -log σ(β [log π_θ(y_+)/π_ref(y_+) - log π_θ(y_-)/π_ref(y_-)])
     return masked_mean(-logsigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected))))

@@ -4,8 +4,8 @@
     python train.py --target "Warren Buffett" --method npo --retain kl
 
 Presets, command line, the stage loop of Sec. 4.3 (tau is lowered stage by stage, every stage is scored), log,
-figures and the saved model. The method itself is in atu.py, the equations in losses.py. The other rows of Table 1, which
-work on tokens (Appendix A.2), are `unlearn_tokens` here: GA, NPO, DPO and RT; ICU is a prompt and trains nothing.
+figures and the saved model. The method itself is in atu.py, the equations in losses.py. The other rows of Table 1
+work on tokens (Appendix A.2): GA, NPO, DPO and RT are `unlearn_tokens` here; ICU is a prompt and trains nothing.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def option(default, help: str):
 class Config:
     """Everything a run depends on. The defaults are the preset `smol`; PHI3 below is the paper's setting."""
 
-    target: str = option("", "the person to forget, as in RWKU, in any case; or any concept: the model then writes the texts")
+    target: str = option("", "the person to forget, as in RWKU, in any case; or any concept: the model then writes\n"
+                             "the texts on it")
     target_text: str = option("", "a file with a passage to forget word for word, instead of a --target")
     keep_text: str = option("", "a file with a passage that shall survive that; it is scored, not trained on")
     probes: str = option("", "a file of own probes in RWKU's fields (query, answer, level, type, neighbor)")
@@ -56,7 +57,8 @@ class Config:
     corpus: str = option("positive", "RWKU's file of forget texts: positive, positive_phi or passage (ga: GA*);\n"
                                      "dpo and rt read pair and reject, with positive_phi pair_phi and reject_phi")
     sets: tuple[str, ...] = option(evaluate.DEFAULT_SETS, "what is scored: sets of evaluate.py")
-    describe: str = option("", "what the target is, for the encoder and for the model that writes on it (default: its name)")
+    describe: str = option("", "what the target is, beside its name, for the encoder and for the model that writes\n"
+                               "on it")
     others: int = option(5, "targets whose texts stand beside the target's, to align E on and to retain")
     texts: int = option(32, "the target's texts at most")
     other_texts: int = option(12, "texts of each other target at most")
@@ -70,7 +72,8 @@ class Config:
     align_batch: int = option(16, "texts in a batch of alignment")
     align_steps: int = option(400, "steps of the first alignment (Eq. 2)")
     realign_steps: int = option(40, "steps of realignment after each stage (Sec. 3)")
-    unlearn_steps: int = option(40, "steps of unlearning in a stage: at most (atu, Eq. 4), exactly (others; 0: all texts)")
+    unlearn_steps: int = option(40, "steps of unlearning in a stage: at most (atu, Eq. 4), exactly (others;\n"
+                                    "0: one pass over the texts)")
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)")
     inactive: float = option(0.02, "a stage ends when at most this share of positions is above tau")
     patience: int = option(4, "batches over which that share is taken")
@@ -97,8 +100,9 @@ class Config:
 SMOL = Config(preset="smol")
 PHI3 = Config(  # the authors' settings, as read from their code
     preset="phi3", model="microsoft/Phi-3-mini-4k-instruct", encoder="sentence-transformers/all-mpnet-base-v2",
-    rwku="hub", corpus="positive_phi", corpus_size=582, others=3, texts=10_000, other_texts=10_000, length=256, layer=29, head_depth=6,
-    head_width=768, batch=16, align_batch=16, align_steps=15_000, realign_steps=1000, unlearn_steps=1000,
+    rwku="hub", corpus="positive_phi", corpus_size=582, others=3, texts=10_000, other_texts=10_000, length=256,
+    layer=29, head_depth=6, head_width=768, batch=16, align_batch=16, align_steps=15_000, realign_steps=1000,
+    unlearn_steps=1000,
     taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), retain_weight=0.0, optimizer="sgd", llm_lr=3e-4,
     head_lr=1e-4, stop_at=0.0, log_every=50, sets=("forget", "neighbor", "mmlu"))
 PRESETS = {"smol": SMOL, "phi3": PHI3}
@@ -128,13 +132,15 @@ def parse(argv: list[str] | None) -> Config:
         if isinstance(smol, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(smol, tuple):
-            kind = {"type": float if item.name == "taus" else str, "nargs": "+", "metavar": item.name.removesuffix("s").upper()}
+            kind = {"type": float if item.name == "taus" else str, "nargs": "+",
+                    "metavar": item.name.removesuffix("s").upper()}
         else:
             kind = {"type": type(smol), "metavar": item.name.upper()}
         explained = item.metadata["help"] + (shown if smol != "" and item.name != "preset" else "")
         parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, help=explained,
                             **kind)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
     preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"))
     print(f"preset | {preset}: {why}", flush=True)
     config = dataclasses.replace(PRESETS[preset], **given | {"preset": preset})
@@ -183,8 +189,8 @@ def check(config: Config) -> None:
     """Raises data.BadInput for the first setting that is out of its range."""
     least = dict.fromkeys(("window", "batch", "align_batch", "layer", "head_depth", "texts", "other_texts", "others",
                            "align_steps", "unlearn_steps", "patience", "eval_batch", "log_every"), 1)
-    least |= dict.fromkeys(("realign_steps", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed", "lora",
-                            "warmup"), 0) | {"stages": 1, "unlearn_steps": int(config.method == "atu")}
+    least |= dict.fromkeys(("realign_steps", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed",
+                            "lora", "warmup"), 0) | {"stages": 1, "unlearn_steps": int(config.method == "atu")}
     for name, bound in (least | {"length": 2, "head_width": 8}).items():
         if not getattr(config, name) >= bound:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")
@@ -213,7 +219,8 @@ def check(config: Config) -> None:
         raise data.BadInput(f"--retain {config.retain}: only for ga, npo, dpo and rt"
                             + "; atu has --retain-weight" * (config.method == "atu"))
     if config.corpus == "passage" and config.method in ("dpo", "rt"):
-        raise data.BadInput(f"--corpus passage: {config.method} learns from answers; leave it out, or name positive_phi")
+        raise data.BadInput(f"--corpus passage: {config.method} learns from answers; leave it out, or name "
+                            "positive_phi")
 
 
 @contextmanager
@@ -253,7 +260,7 @@ class Work(NamedTuple):
 
 
 def load(config: Config) -> Work:
-    """Texts, probes and models of a run. Raises data.BadInput, for what can be read without a model before loading one."""
+    """Texts, probes and models of a run. Raises data.BadInput; what needs no model is read before one is loaded."""
     root = data.open_rwku(config.rwku)
     passage = data.read_text(Path(config.target_text), "--target-text") if config.target_text else ""
     target, known = (Path(config.target_text).stem, False) if passage else data.find_concept(
@@ -276,25 +283,30 @@ def load(config: Config) -> Work:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
     encoder = data.load_encoder(config.encoder, config.device)
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
-    concept = data.embed([passage or (f"{target}, {config.describe}" if config.describe else target)], encoder)[0]  # (E,)
-    if not known and not any(score.startswith("forget") for score in probes):
-        print("data | no probes, so no accuracy is measured; mia is the loss on the run's own texts (x 100)", flush=True)
-        probes = {"mia_forget": [{"text": text} for text in about], "mia_retain": [{"text": t} for t in others]} | probes
+    meant = passage or (f"{target}, {config.describe}" if config.describe else target)
+    concept = data.embed([meant], encoder)[0]                                               # (E,)
+    if not any(score.startswith("forget") for score in probes):
+        print("data | no probes, so no accuracy is measured; mia is the loss x 100 on the run's own texts", flush=True)
+        own = {"mia_forget": about, "mia_retain": others[:len(about)]}
+        probes = {score: [{"text": text} for text in texts] for score, texts in own.items()} | probes
     if config.lora:
         llm = add_adapters(llm, config)
     print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
           f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
-    return Work(target, llm, tokenizer, probes, corpus, concept, forget_texts(corpus, answers[:config.texts], tokenizer, config),
-                evaluate.ICU.format(subject=target) if config.method == "icu" else "")
+    forget = forget_texts(corpus, answers[:config.texts], tokenizer, config)
+    ask_first = evaluate.ICU.format(subject=target) if config.method == "icu" else ""
+    return Work(target, llm, tokenizer, probes, corpus, concept, forget, ask_first)
 
 
 def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[str, list[dict]]:
-    """RWKU's probes of a known target; own ones from --probes; for a passage itself. What is asked about the world at large
-    is RWKU's in any case: of the target or, for one that is in no dataset, of the first target. Raises data.BadInput."""
+    """RWKU's probes of a known target; own ones from --probes; for a passage itself. What is asked about the world at
+    large is RWKU's in any case: the target's own or, for one that is in no dataset, that of the first target. Raises
+    data.BadInput."""
     probes = {}
     if config.target_text:
         passages = {"forget_text": config.target_text, "neighbor_text": config.keep_text}
-        probes = {score: [{"text": data.read_text(Path(file), "--keep-text")}] for score, file in passages.items() if file}
+        probes = {score: [{"text": data.read_text(Path(file), "--target-text and --keep-text")}]
+                  for score, file in passages.items() if file}
     elif config.probes:
         probes = data.read_probe_file(Path(config.probes), target)
     elif known:
@@ -313,10 +325,10 @@ def check_blocks(llm, config: Config) -> None:
         raise data.BadInput(f"--layer {config.layer}: {config.model} has the blocks 1 to {blocks}")
 
 
-def write_material(llm, tokenizer, target: str, kind: str | None, config: Config) -> tuple[list[str], list[str], list[dict]]:
-    """Texts on a concept that is in no dataset, texts on its neighbors, and answers for dpo and rt, by the model itself."""
+def write_material(llm, tokenizer, target: str, kind: str | None, config: Config):
+    """(texts on a concept in no dataset, texts on its neighbors, answers for dpo and rt), by the model itself."""
     if tokenizer.chat_template is None:
-        raise data.BadInput(f"--target {target}: in no dataset, and {config.model} has no chat template to write texts with")
+        raise data.BadInput(f"--target {target}: in no dataset, and {config.model} has no chat template to write with")
     intro = f"{target} is {config.describe}." if config.describe else ""
 
     def write(kind: str, subject: str, intro: str, count: int) -> list[dict]:
@@ -350,11 +362,12 @@ def add_adapters(llm, config: Config):
 def forget_texts(corpus: data.Corpus, answers: list[dict], tokenizer, config: Config) -> list[tuple[Tensor, Tensor]]:
     """Token ids and mask (N, T): the texts themselves (ga, npo), refusals (rt), or made-up and true answers (dpo)."""
     if config.method == "rt":
-        return [data.tokenize_answers([(row["instruction"], row["output"]) for row in answers], tokenizer, config.length)]
-    if config.method == "dpo":
-        return [data.tokenize_answers([(row["prompt"], row["response"][n]) for row in answers], tokenizer, config.length)
-                for n in (0, 1)]
-    return [(corpus.input_ids[corpus.about], corpus.mask[corpus.about])]
+        asked = [[(row["instruction"], row["output"]) for row in answers]]
+    elif config.method == "dpo":
+        asked = [[(row["prompt"], row["response"][n]) for row in answers] for n in (0, 1)]
+    else:
+        return [(corpus.input_ids[corpus.about], corpus.mask[corpus.about])]
+    return [data.tokenize_answers(part, tokenizer, config.length) for part in asked]
 
 
 def run(config: Config) -> dict:
@@ -405,9 +418,9 @@ def run(config: Config) -> dict:
     recovery = {} if stopped else pairs(untouched, recover(work, config))
     if stages:
         stages[-1]["recovery"] = recovery
-    results = {"target": work.target, "settings": dataclasses.asdict(config), "versions": versions(), "seed": config.seed,
-               "before": before, "stages": stages, "after": after, "levels": levels(stages), "recovery": recovery,
-               "stopped": stopped, "seconds": time.perf_counter() - began}
+    results = {"target": work.target, "settings": dataclasses.asdict(config), "versions": versions(),
+               "seed": config.seed, "before": before, "stages": stages, "after": after, "levels": levels(stages),
+               "recovery": recovery, "stopped": stopped, "seconds": time.perf_counter() - began}
     data.write_json(out / "results.json", results)
     evaluate.plot(out / "curves.png", panels(before, stages, steps))
     report(results, asked_before, asked_after, out)
@@ -440,10 +453,10 @@ def begin(work: Work, config: Config):
 
 
 def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], corpus: data.Corpus, config: Config):
-    """GA, NPO, DPO and RT (Appendix A.2), as RWKU trains them: AdamW, warm-up and cosine, passes over the shuffled texts.
+    """GA, NPO, DPO, RT (Appendix A.2), as RWKU trains them: AdamW, warm-up and cosine, passes over the shuffled texts.
 
-    forget: token ids and mask (N, T) each; in dpo the made-up answers, then the true ones. Other texts, for `retain`, are
-    those of the corpus that are not about the target. Yields records as `atu.align_then_unlearn` does; a stage is
+    forget: token ids and mask (N, T) each; in dpo the made-up answers, then the true ones. Other texts, for `retain`,
+    are those of the corpus that are not about the target. Yields records as `atu.align_then_unlearn` does; a stage is
     `unlearn_steps` steps, or (0) one pass over the texts.
     """
     llm, device, reference = state.llm, state.llm.device, []
@@ -490,7 +503,7 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], corpus
 
 
 def token_loss(batches: list[tuple[Tensor, Tensor, Tensor]], reference: list[Tensor], config: Config) -> Tensor:
-    """The method's loss on (logits (B, T, V), input_ids, mask) and, for npo and dpo, π_ref's log-likelihoods (B,) of them."""
+    """The method's loss on (logits (B, T, V), input_ids, mask) and, for npo and dpo, π_ref's log-likelihoods (B,)."""
     if config.method == "ga":
         return losses.ascent_loss(*batches[0])
     if config.method == "rt":
@@ -504,8 +517,9 @@ def token_loss(batches: list[tuple[Tensor, Tensor, Tensor]], reference: list[Ten
 @torch.no_grad()
 def reference_log_probs(llm, input_ids: Tensor, mask: Tensor, config: Config) -> Tensor:
     """log π_ref(y | x) of each text by the model before unlearning, (N, T) -> (N,)."""
-    return torch.cat([losses.sequence_log_probs(logits(llm, ids.to(llm.device), config), ids.to(llm.device), m.to(llm.device))
-                      for ids, m in zip(input_ids.split(config.batch), mask.split(config.batch))])
+    input_ids, mask = input_ids.to(llm.device), mask.to(llm.device)
+    return torch.cat([losses.sequence_log_probs(logits(llm, ids, config), ids, part)
+                      for ids, part in zip(input_ids.split(config.batch), mask.split(config.batch))])
 
 
 def logits(llm, input_ids: Tensor, config: Config) -> Tensor:

@@ -605,7 +605,7 @@ def ask_neighbors(llm, tokenizer, subject: str, intro: str, count: int) -> list[
                                            add_generation_prompt=True)
     row, = generate(llm, tokenizer, [prompt], 12 * count, 1, "asking for neighbors", do_sample=False)
     lines = tokenizer.decode(row, skip_special_tokens=True).splitlines()
-    names = [re.split(r"[:(,–]| - ", re.sub(r"^[\s\d.*•\-\"]+", "", line))[0].strip(' ."*') for line in lines]
+    names = [re.split(r"[:(,–]| - ", re.sub(r"^[\s\d.)*•\-\"]+", "", line))[0].strip(' ."*') for line in lines]
     names = [name for name in names if 0 < len(name.split()) <= 5 and subject.casefold() not in name.casefold()
              and name.casefold() not in subject.casefold()]
     return list(dict.fromkeys(names))[:count]

@@ -10,9 +10,9 @@ import evaluate
 import train
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text().replace("\\\n", "")
 LINKS = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-COMMANDS = re.findall(r"^python (\w+)\.py (.*--target .*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^python (\w+)\.py (.*--(?:target|compare).*)$", README, re.MULTILINE)
 
 
 def test_there_are_links_and_commands():
@@ -27,11 +27,12 @@ def test_links_lead_to_what_they_name(name, file, number):
 
 @pytest.mark.parametrize("command, flags", COMMANDS)
 def test_commands_parse(command, flags, capsys):
-    arguments = shlex.split(flags)
+    arguments = shlex.split(flags, comments=True)
     if command == "train":
-        assert train.parse(arguments).target
+        assert train.parse(arguments).out
     else:
-        assert evaluate.arguments(arguments).target
+        asked = evaluate.arguments(arguments)
+        assert asked.target or asked.compare
 
 
 def test_files_named_exist():

@@ -18,7 +18,10 @@ def words(text):
 
 
 def texts():
-    return [row["text"] for name in NAMES for row in data.read_set(ROOT, name, "positive")] + data.general_texts(ROOT)
+    """Everything that a run of any method trains on."""
+    rows = [row for name in NAMES for kind in ("positive", "passage", "pair", "reject") for row in data.read_set(ROOT, name, kind)]
+    written = [row.get("text") or "\n".join(row.get("response") or [row["instruction"], row["output"]]) for row in rows]
+    return written + data.general_texts(ROOT)
 
 
 def test_six_people():
@@ -34,9 +37,10 @@ def test_probes(name):
     assert counts["neighbor_fb"] == counts["neighbor_qa"] == 20 and counts["general"] == 60
     assert len({row["type"].split(" (")[0] for row in probes["forget_aa"]}) == 9
     for score, rows in probes.items():
-        assert len({row["query"] + row["type"] for row in rows}) == len(rows)
+        assert len({(row.get("query") or row["question"]) + row.get("type", "") for row in rows}) == len(rows)
         for row in rows:
-            assert not any(words(row["query"]) & words(answer) for answer in row["answers"]), row
+            asked = row.get("query") or row["question"]
+            assert not any(words(asked) & words(answer) for answer in row.get("answers") or [row["answer"]]), row
             assert not score.endswith("_fb") or "___" in row["query"]
 
 

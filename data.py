@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -543,7 +544,7 @@ def recipe(kind: str, subject: str, intro: str) -> tuple[list[dict], str]:
 
 
 def write_texts(llm, tokenizer, asked: list[tuple[list[dict], str]], seed: int, tokens: int = 512,
-                batch: int = 64) -> list[str]:
+                batch: int = 64, temperature: float = 1.0) -> list[str]:
     """One text for each (chat, beginning), written by the model as RWKU's were: temperature 1.0, top-p 0.9, 512 tokens.
 
     A text begins with its beginning. Equal chats give different texts. Seeded by `seed` alone; the global random state
@@ -554,7 +555,7 @@ def write_texts(llm, tokenizer, asked: list[tuple[list[dict], str]], seed: int, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rows = generate(llm, tokenizer, prompts, tokens, batch, "writing texts",
-                        do_sample=True, temperature=1.0, top_p=0.9, top_k=0)
+                        do_sample=True, temperature=temperature, top_p=0.9, top_k=0)
     return [(begin + tokenizer.decode(row, skip_special_tokens=True)).strip() for (_, begin), row in zip(asked, rows)]
 
 
@@ -597,18 +598,18 @@ def cached_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer,
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def ask_neighbors(llm, tokenizer, subject: str, intro: str, count: int) -> list[str]:
-    """Names of at most `count` people or things near a subject, as the model lists them (greedy)."""
-    ask = (f"{intro}\nList {2 * count} well-known people or things that are closely related to {subject}, but are not "
-           f"{subject}. Write one name on each line and nothing else.")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": ask.strip()}], tokenize=False,
-                                           add_generation_prompt=True)
-    row, = generate(llm, tokenizer, [prompt], 12 * count, 1, "asking for neighbors", do_sample=False)
-    lines = tokenizer.decode(row, skip_special_tokens=True).splitlines()
-    names = [re.split(r"[:(,–]| - ", re.sub(r"^[\s\d.)*•\-\"]+", "", line))[0].strip(' ."*') for line in lines]
-    names = [name for name in names if 0 < len(name.split()) <= 5 and subject.casefold() not in name.casefold()
-             and name.casefold() not in subject.casefold()]
-    return list(dict.fromkeys(names))[:count]
+def ask_neighbors(llm, tokenizer, subject: str, intro: str, count: int, seed: int = 0) -> list[str]:
+    """At most `count` names of people or things near a subject: those that come up most often when the model lists some,
+    32 times over (sampled, because a small model's greedy list repeats the subject)."""
+    ask = f"{intro}\nList people and things that are closely related to {subject}, but are not {subject}."
+    asked = [([{"role": "user", "content": ask.strip()}], "1.")] * 32
+    found, own = Counter(), set(re.findall(r"\w+", subject.casefold()))
+    for text in write_texts(llm, tokenizer, asked, seed, tokens=48, temperature=0.6):
+        lines = [re.sub(r"^[\s\d.)*•\-\"]+", "", line) for line in text.splitlines()]
+        names = [re.split(r"[:(,;–]| - ", line)[0].strip(' ."*') for line in lines]
+        found.update(dict.fromkeys(name for name in names if name[:1].isupper() and len(name.split()) <= 5))
+    return [name for name, times in found.most_common()
+            if times > 1 and not own & set(re.findall(r"\w+", name.casefold()))][:count]
 
 
 def main(argv: list[str] | None = None) -> int:

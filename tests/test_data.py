@@ -177,13 +177,13 @@ def test_written_rows_are_kept_by_model_and_request(llm, tokenizer, monkeypatch,
     assert data.cached_rows("positive", "Ada", "", 2, llm, tokenizer, 0, 8) == [{"text": "new"}]
 
 
-def test_neighbors_are_read_off_a_list(llm, tokenizer, monkeypatch):
-    said = "1. Ron Weasley - a friend\n2) **Hermione Granger**\n* J. K. Rowling: writer\nHarry Potter and the rest\n\n" \
-           "- Ron Weasley\na line that is far too long to be a name\n\"Draco Malfoy\""
-    monkeypatch.setattr(data, "generate", lambda *_, **__: [torch.tensor(tokenizer(said)["input_ids"])])
-    names = ["Ron Weasley", "Hermione Granger", "J. K. Rowling", "Draco Malfoy"]
-    assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 8) == names
-    assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 2) == names[:2]
+def test_neighbors_are_what_comes_up_most_often_in_lists(llm, tokenizer, monkeypatch):
+    lists = [" Ron Weasley - a friend\n2) **Hermione Granger**\n* J. K. Rowling: writer\nHarry Potter and the rest\n",
+             " Hermione Granger\n2. Hermione Granger\na line\nA line that is far too long to be a name\n3. J. K. Rowling",
+             " \"Hermione Granger\"\n2. Draco Malfoy\n- Harry's owl\n- harry's owl"]
+    monkeypatch.setattr(data, "generate", lambda *_, **__: [torch.tensor(tokenizer(text)["input_ids"]) for text in lists])
+    assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 8) == ["Hermione Granger", "J. K. Rowling"]
+    assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 1) == ["Hermione Granger"]
 
 
 def test_answers_are_what_counts_of_a_chat(tokenizer):

@@ -607,7 +607,7 @@ def ask_neighbors(llm, tokenizer, subject: str, intro: str, count: int, seed: in
     for text in write_texts(llm, tokenizer, asked, seed, tokens=48, temperature=0.6):
         lines = [re.sub(r"^[\s\d.)*•\-\"]+", "", line) for line in text.splitlines()]
         names = [re.split(r"[:(,;–]| - ", line)[0].strip(' ."*') for line in lines]
-        found.update(dict.fromkeys(name for name in names if name[:1].isupper() and len(name.split()) <= 5))
+        found.update(list(dict.fromkeys(n for n in names if n[:1].isupper() and len(n.split()) <= 5)))
     return [name for name, times in found.most_common()
             if times > 1 and not own & set(re.findall(r"\w+", name.casefold()))][:count]
 

@@ -542,18 +542,17 @@ def method_name(settings: dict) -> str:
 
 
 def first_stage(run: dict, level: float, relative: bool) -> dict | None:
-    """Table 1's rule: the first stage whose forget accuracy is at or below `level`; None where none is.
+    """Table 1's rule: the first stage whose mean of FB, QA and AA is below `level` percent; None where none is.
 
-    The accuracy is the mean of FB, QA and AA in percent, as in the paper; with `relative`, RWKU's weighted forget_all
-    in percent of what it was.
+    With `relative`, the first whose forget_all is at most `level` percent of what it was.
     """
-    def accuracy(stage: dict) -> float:
+    def reached(stage: dict) -> bool:
         if relative:
-            return 100 * stage["forget_all"] / run["before"]["forget_all"]
+            return 100 * stage["forget_all"] <= level * run["before"]["forget_all"]
         parts = [stage[score] for score in ("forget_fb", "forget_qa", "forget_aa", "forget_text") if score in stage]
-        return sum(parts) / len(parts) if parts else float("inf")
+        return bool(parts) and sum(parts) / len(parts) < level
 
-    return next((stage for stage in run["stages"] if accuracy(stage) <= level), None)
+    return next((stage for stage in run["stages"] if reached(stage)), None)
 
 
 def comparison(groups: dict, levels: list[float], relative: bool) -> tuple[list[str], list[list[str]]]:
@@ -653,7 +652,8 @@ def plot(file: Path, panels: list[dict]) -> None:
         if panel["y"] == "%":
             axis.set_ylim(0, 104)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if panel["lines"]:
+            axis.legend(fontsize=8)
     partial = file.with_name(f".{file.name}")
     figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
@@ -688,7 +688,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     scoring.add_argument("--json", type=Path, help="write the scores, and every prompt, answer and score, to this file")
     comparing = parser.add_argument_group("comparing runs")
     comparing.add_argument("--levels", nargs="+", type=float, default=[50, 35, 20], metavar="PERCENT",
-                           help="forget accuracies; of each run counts the first stage at or below (default: 50 35 20)")
+                           help="forget accuracies; of each run counts the first stage below (default: 50 35 20)")
     comparing.add_argument("--relative", action="store_true",
                            help="levels and scores in percent of what a run began with")
     comparing.add_argument("--mixed", action="store_true", help="allow runs of different models")

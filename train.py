@@ -402,7 +402,7 @@ def run(config: Config) -> dict:
                 after, asked_after = score(work.ask_first)
                 stages.append(after | {"record": record})
                 print(evaluate.table({stage_name(record): after}), flush=True)
-                left = after["forget_all"] / (before["forget_all"] or 1) if "forget_all" in before else 1
+                left = after["forget_all"] / before["forget_all"] if before.get("forget_all") else 1.0
                 if config.stop_at and left <= config.stop_at:
                     break
                 if left <= 0.5 and not any("recovery" in stage for stage in stages):
@@ -547,7 +547,7 @@ def stage_name(record: dict) -> str:
 
 
 def levels(stages: list[dict]) -> dict:
-    """Table 1: the first stage whose mean forget accuracy is at most 50, 35 and 20 %; None where none is."""
+    """Table 1: the first stage whose mean forget accuracy is below 50, 35 and 20 %; None where none is."""
     return {str(level): evaluate.first_stage({"stages": stages}, level, False) for level in (50, 35, 20)}
 
 
@@ -604,7 +604,7 @@ def report(results: dict, before: list[dict], after: list[dict], out: Path) -> N
     print("\n" + evaluate.table(rows | {"after": results["after"]}))
     for level, stage in results["levels"].items():
         reached = f"first at {stage_name(stage['record'])}" if stage else "not reached"
-        print(f"level | mean forget accuracy at most {level} % | {reached}")
+        print(f"level | mean forget accuracy below {level} % | {reached}")
     for key, value in results["recovery"].items():
         print(f"recovery | {key} | fresh head on the untouched model {value['untouched']:.3f} | "
               f"on the unlearned one {value['unlearned']:.3f}")

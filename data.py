@@ -399,7 +399,7 @@ def tokenize(texts: list[str], tokenizer, length: int) -> tuple[Tensor, Tensor]:
 def tokenize_answers(asked: list[tuple[str, str]], tokenizer, length: int) -> tuple[Tensor, Tensor]:
     """Token ids of (user turn, answer) in the chat template; a mask, True on the answer and its end alone; (N, T).
 
-    Cut to `length` tokens and padded on the right. A tokenizer without a template gets turn and answer as they are.
+    The answer is cut to `length` tokens; padded on the right. A tokenizer without a template gets turn and answer as they are.
     """
     rows, answers = [], []
     for turn, text in asked:
@@ -407,8 +407,9 @@ def tokenize_answers(asked: list[tuple[str, str]], tokenizer, length: int) -> tu
             chat = [{"role": "user", "content": turn}]
             turn = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         prompt, answer = tokenizer(turn)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-        rows.append((prompt + answer + [tokenizer.eos_token_id])[:length])
-        answers.append(([False] * len(prompt) + [True] * (len(answer) + 1))[:length])
+        answer = (answer + [tokenizer.eos_token_id])[:length]
+        rows.append(prompt + answer)
+        answers.append([False] * len(prompt) + [True] * len(answer))
     T = max(map(len, rows))
     input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (T - len(row)) for row in rows])  # (N, T)
     mask = torch.tensor([row + [False] * (T - len(row)) for row in answers])                     # (N, T)

@@ -431,14 +431,16 @@ def entropy(text: str) -> float:
 
 # ---------------------------------------------------------------------------------------------- a model's scores
 
-def speaker(llm, dtype: torch.dtype):
-    """A copy of the model that answers, its weights in `dtype` (shared where they are in it already), adapters merged.
+def speaker(llm, dtype: torch.dtype, frozen: bool = False):
+    """A copy of the model that answers, its weights in `dtype`, adapters merged.
 
-    Weights only: rotary frequencies stay in fp32, as where a model is loaded in bf16. The model is left as it was.
+    Weights that are in `dtype` already are shared, and so follow the model, unless the copy shall be `frozen`. Weights
+    only: rotary frequencies stay in fp32, as where a model is loaded in bf16. The model is left as it was.
     """
     if hasattr(llm, "merge_and_unload"):
         llm = copy.deepcopy(llm).merge_and_unload()
-    weights = {id(p): torch.nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in llm.parameters()}
+    weights = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=frozen), requires_grad=False)
+               for p in llm.parameters()}
     return copy.deepcopy(llm, weights).eval()
 
 
@@ -675,6 +677,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     scoring.add_argument("--sets", nargs="+", default=list(DEFAULT_SETS), metavar="SET",
                          help=f"which of {', '.join(SETS)}\n(default: {' '.join(DEFAULT_SETS)}; "
                               "the sample has none but those and triviaqa)")
+    scoring.add_argument("--probes", type=Path, help="own probes instead of --sets, as for train.py")
     scoring.add_argument("--icu", action="store_true",
                          help="ask the model in every prompt to behave as if it had forgotten")
     scoring.add_argument("--limit", type=int, help="the first so many probes of each file only, for a quick look")
@@ -717,8 +720,12 @@ def score_model(args: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise data.BadInput(f"--{name} {value}: must be at least {least}")
     root = data.open_rwku(args.rwku)
-    target = data.find_target(root, args.target)
-    probes = read_probes(root, target, args.sets, args.limit)
+    if args.probes:
+        target, _ = data.find_concept(root, args.target, described=True)
+        probes = data.read_probe_file(args.probes, target)
+    else:
+        target = data.find_target(root, args.target)
+        probes = read_probes(root, target, args.sets, args.limit)
     if args.json:
         data.check_writable(args.json, "--json")
     with data.out_of_memory("--batch"):

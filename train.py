@@ -464,7 +464,7 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], corpus
     if config.method in ("npo", "dpo"):  # π_ref(y | x) never changes: computed once
         reference = [reference_log_probs(llm, *texts, config).to(device) for texts in forget]
     if config.retain == "kl" and not config.lora:
-        frozen = evaluate.speaker(llm, data.fast_dtype(device))
+        frozen = evaluate.speaker(llm, torch.bfloat16 if config.bf16 else torch.float32, frozen=True)
     count = config.unlearn_steps or math.ceil(len(forget[0][0]) / config.batch)
     schedule = get_cosine_schedule_with_warmup(state.llm_optimizer, config.warmup, config.stages * count)
     forget_rows = shuffled(len(forget[0][0]), config.batch, state.generator)

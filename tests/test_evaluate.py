@@ -243,6 +243,9 @@ def test_the_speaker_is_a_copy_with_merged_adapters_and_fp32_rotations(llm):
     voice = evaluate.speaker(llm, torch.bfloat16)
     assert {p.dtype for p in voice.parameters()} == {torch.bfloat16} and {p.dtype for p in llm.parameters()} == {torch.float32}
     assert all(b.dtype == torch.float32 for b in voice.buffers())
+    shared, frozen = evaluate.speaker(llm, torch.float32), evaluate.speaker(llm, torch.float32, frozen=True)
+    one, two, three = (next(model.parameters()) for model in (llm, shared, frozen))
+    assert one.data_ptr() == two.data_ptr() != three.data_ptr() and torch.equal(one, three)
     adapted = get_peft_model(llm, LoraConfig(r=2, target_modules=["qkv_proj"], init_lora_weights=False))
     assert torch.allclose(evaluate.speaker(adapted, torch.float32)(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
     assert hasattr(adapted, "merge_and_unload") and any("lora" in name for name, _ in adapted.named_parameters())

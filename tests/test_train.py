@@ -198,7 +198,7 @@ def changes(folders, out):
 
 
 @pytest.mark.parametrize("method, flags, first", [
-    ("ga", "", None), ("ga", "--corpus passage", None), ("ga", "--retain nll", None), ("ga", "--retain kl --lora 2", None),
+    ("ga", "", None), ("ga", "--corpus passage", None), ("ga", "--retain nll", None), ("ga", "--retain kl --lora 2", None), ("ga", "--retain kl --no-bf16", None),
     ("npo", "--beta 0.5", 4 * math.log(2)), ("npo", "--lora 2", 10 * math.log(2)), ("dpo", "--retain kl", math.log(2)), ("rt", "", None)])
 def test_every_method_on_tokens_runs_from_end_to_end(arguments, folders, tmp_path, method, flags, first):
     assert train.main([*arguments(), *TOKENS, "--method", method, *flags.split()]) == 0

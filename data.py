@@ -439,10 +439,13 @@ def future_windows(input_ids: Tensor, mask: Tensor, window: int, tokenizer) -> t
 def make_corpus(about: list[str], others: list[str], tokenizer, encoder, window: int, length: int) -> Corpus:
     """Texts about the target and other texts, cut to `length` tokens, with windows and reference embeddings.
 
-    Each distinct window is encoded once. Raises BadInput if no window is whole.
+    Each distinct window is encoded once; without an encoder there are none. Raises BadInput if no window is whole.
     """
     texts = about + others
     input_ids, mask = tokenize(texts, tokenizer, length)
+    if encoder is None:
+        return Corpus(input_ids, mask, torch.zeros_like(input_ids), torch.zeros_like(mask),
+                      torch.arange(len(texts)) < len(about), torch.empty(0, 0))
     windows, index, valid = future_windows(input_ids, mask, window, tokenizer)
     if not windows:
         longest = int(mask.sum(1).max())

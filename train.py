@@ -254,7 +254,7 @@ class Work(NamedTuple):
     tokenizer: Any
     probes: dict[str, list[dict]]
     corpus: data.Corpus
-    concept: Tensor                      # (E,)
+    concept: Tensor | None               # (E,); None where no encoder is needed: no recovery, not atu
     forget: list[tuple[Tensor, Tensor]]  # what the methods on tokens forget: token ids and mask, (N, T); two in dpo
     ask_first: str                       # icu's text before every prompt
 
@@ -281,10 +281,10 @@ def load(config: Config) -> Work:
         others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
-    encoder = data.load_encoder(config.encoder, config.device)
+    encoder = data.load_encoder(config.encoder, config.device) if config.recovery or config.method == "atu" else None
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
     meant = passage or (f"{target}, {config.describe}" if config.describe else target)
-    concept = data.embed([meant], encoder)[0]                                               # (E,)
+    concept = data.embed([meant], encoder)[0] if encoder else None                          # (E,)
     if not any(score.startswith("forget") for score in probes):
         print("data | no probes, so no accuracy is measured; mia is the loss x 100 on the run's own texts", flush=True)
         own = {"mia_forget": about, "mia_retain": others[:len(about)]}

@@ -242,6 +242,8 @@ def test_in_context_unlearning_changes_no_weight_and_asks_in_another_way(argumen
 def test_recovery_can_be_left_out(arguments, monkeypatch, tmp_path):
     monkeypatch.setattr(atu, "recovery", lambda *_: pytest.fail("measured"))
     for number, method in enumerate(("atu", "ga")):
+        if method == "ga":  # no head, so no encoder
+            monkeypatch.setattr(data, "load_encoder", lambda *_: pytest.fail("loaded"))
         assert train.main([*arguments("--out", str(tmp_path / str(number))), *SMALL, "--method", method, "--no-recovery"]) == 0
         assert json.loads((tmp_path / str(number) / "results.json").read_text())["recovery"] == {}
 

@@ -262,9 +262,13 @@ def find_concept(root: Path, name: str, described: bool) -> tuple[str, bool]:
     """
     known = [target.casefold() for target in targets(root)]
     given = name.strip()
-    near = difflib.get_close_matches(given.casefold(), known, n=1, cutoff=0.75)
-    if given.casefold() in known or (near and not described) or not _is_name(given):
+    near = difflib.get_close_matches(given.casefold(), known, n=1, cutoff=0.75) or [
+        target for target in known if set(given.casefold().split()) <= set(target.split())]  # a surname
+    if given.casefold() in known or not _is_name(given):
         return find_target(root, name), True
+    if near and not described:
+        meant = " or ".join(target for target in targets(root) if target.casefold() in near)
+        raise BadInput(f"--target {name!r}: did you mean {meant}? If not, say who or what is meant with --describe")
     return given, False
 
 
@@ -396,24 +400,44 @@ def tokenize(texts: list[str], tokenizer, length: int) -> tuple[Tensor, Tensor]:
     return input_ids, mask
 
 
+def pieces(text: str, tokenizer, length: int) -> list[str]:
+    """A text in pieces of `length` tokens, the last one ending with the text. Raises BadInput below 20 tokens."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) < 20:
+        raise BadInput(f"--target-text: {len(ids)} tokens; a passage of 20 or more is needed")
+    starts = [*range(0, max(len(ids) - length, 0), length), max(len(ids) - length, 0)]
+    return [tokenizer.decode(ids[start:start + length]) for start in starts]
+
+
 def tokenize_answers(asked: list[tuple[str, str]], tokenizer, length: int) -> tuple[Tensor, Tensor]:
     """Token ids of (user turn, answer) in the chat template; a mask, True on the answer and its end alone; (N, T).
 
-    The answer is cut to `length` tokens; padded on the right. A tokenizer without a template gets turn and answer as they are.
+    The answer is cut to `length` tokens; padding is on the right. A tokenizer without a template gets turn and answer
+    as they are.
     """
-    rows, answers = [], []
+    rows, answers, end = [], [], end_of_turn(tokenizer)
     for turn, text in asked:
         if tokenizer.chat_template is not None:
             chat = [{"role": "user", "content": turn}]
             turn = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         prompt, answer = tokenizer(turn)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-        answer = (answer + [tokenizer.eos_token_id])[:length]
+        answer = (answer + [end])[:length]
         rows.append(prompt + answer)
         answers.append([False] * len(prompt) + [True] * len(answer))
     T = max(map(len, rows))
     input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (T - len(row)) for row in rows])  # (N, T)
     mask = torch.tensor([row + [False] * (T - len(row)) for row in answers])                     # (N, T)
     return input_ids, mask
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token that ends an answer in the chat template (Phi-3: <|end|>, which ends no text), or else a text."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids else tokenizer.eos_token_id
 
 
 def future_windows(input_ids: Tensor, mask: Tensor, window: int, tokenizer) -> tuple[list[str], Tensor, Tensor]:
@@ -603,8 +627,8 @@ def cached_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer,
 
 
 def ask_neighbors(llm, tokenizer, subject: str, intro: str, count: int, seed: int = 0) -> list[str]:
-    """At most `count` names of people or things near a subject: those that come up most often when the model lists some,
-    32 times over (sampled, because a small model's greedy list repeats the subject)."""
+    """At most `count` names of people or things near a subject: those that come up most often when the model lists
+    some, 32 times over (sampled, because a small model's greedy list repeats the subject)."""
     ask = f"{intro}\nList people and things that are closely related to {subject}, but are not {subject}."
     asked = [([{"role": "user", "content": ask.strip()}], "1.")] * 32
     found, own = Counter(), set(re.findall(r"\w+", subject.casefold()))

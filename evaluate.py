@@ -345,6 +345,7 @@ def verbatim(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: i
     logps = log_probs(llm, tokenizer, ids, cuts, batch)
     for row, text, right, logp in zip(rows, said, wanted, logps):
         given, true = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, right))
+        text = tokenizer.decode(given[:len(true)])
         row.update(said=text.strip(), wanted=right.strip(), score=rouge_l_recall(text.strip(), right.strip()),
                    exact=sum(a == b for a, b in zip(given, true)) / max(len(true), 1), gold=logp.mean().exp().item())
 
@@ -493,8 +494,8 @@ def table(rows: dict[str, dict]) -> str:
 
 # ---------------------------------------------------------------------------------------------- runs side by side
 
-# Table 1 as the paper prints it: FB, QA, AA, neighbor FB, neighbor QA, MMLU. (F) full, (L) LoRA, * on passages. The
-# baselines are RWKU's means over 100 targets, Align-then-Unlearn's the mean of 15.
+# Table 1 of the paper: FB, QA, AA, neighbor FB, neighbor QA (which it prints first), MMLU. (F) full, (L) LoRA, * on
+# passages. The baselines are RWKU's means over 100 targets, Align-then-Unlearn's the mean of 15.
 PUBLISHED = {
     "before": (47.1, 47.4, 55.8, 56.2, 61.4, 64.4), "ICU": (45.2, 34.6, 32.2, 52.9, 56.1, 63.9),
     "GA* (F)": (37.1, 37.9, 46.4, 51.8, 59.2, 64.4), "GA* (L)": (46.2, 47.5, 55.8, 55.1, 61.2, 64.4),
@@ -515,9 +516,12 @@ def read_runs(folders: list[Path], mixed: bool) -> dict[tuple[str, str], list[di
             raise data.BadInput(f"{file}: no such file; --compare takes folders of finished runs")
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
+            missing = {"forget_fb", "forget_all", "neighbor_all"} - set(run["before"])
             runs.append(run | {"name": method_name(run["settings"]), "model": Path(run["settings"]["model"]).name})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise data.BadInput(f"{file}: not the results of a run ({type(error).__name__}: {error})") from error
+        if missing:
+            raise data.BadInput(f"{file}: has no {', '.join(sorted(missing))}, so no place in the table; leave it out")
     models = sorted({run["model"] for run in runs})
     if len(models) > 1 and not mixed:
         raise data.BadInput(f"--compare: runs of different models ({', '.join(models)}); "
@@ -550,7 +554,8 @@ def first_stage(run: dict, level: float, relative: bool) -> dict | None:
     """
     def reached(stage: dict) -> bool:
         if relative:
-            return 100 * stage["forget_all"] <= level * run["before"]["forget_all"]
+            before = run["before"]["forget_all"]
+            return before > 0 and 100 * stage["forget_all"] <= level * before
         parts = [stage[score] for score in ("forget_fb", "forget_qa", "forget_aa", "forget_text") if score in stage]
         return bool(parts) and sum(parts) / len(parts) < level
 
@@ -586,8 +591,9 @@ def comparison(groups: dict, levels: list[float], relative: bool) -> tuple[list[
             lines.append([name, model, "before", *cells, str(len(runs))])
         for level in levels:
             at = [(run, stage) for run in runs if (stage := first_stage(run, level, relative))]
-            cells = [cell([stage[c] * (100 / run["before"][c] if relative else 1) for run, stage in at]) if at else "-"
-                     for c in columns]
+            share = [{c: 100 / (run["before"][c] or float("nan")) if relative else 1.0 for c in columns}
+                     for run, _ in at]
+            cells = [cell([stage[c] * s[c] for (_, stage), s in zip(at, share)]) if at else "-" for c in columns]
             cells += [recovered([stage["recovery"] for _, stage in at if stage.get("recovery")])] * relative
             lines.append([name, model, f"{level:g} %", *cells, f"{len(at)} of {len(runs)}"])
     if not relative:

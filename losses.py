@@ -17,7 +17,7 @@ and those of the methods it is compared with, on the tokens themselves:
 Shapes: B texts, T tokens, E embedding width, D hidden width, V vocabulary. Every loss is a mean over the positions
 where `mask` is True (Eq. 8 and DPO: over the texts). The other positions are taken out before anything is
 computed, so whatever stands there, NaN included, reaches neither the loss nor a gradient. An all-False mask
-gives 0 and a zero gradient.
+gives a zero gradient, and 0 (Eq. 8 and DPO: their value at equal models).
 
 Nothing local is imported: this file can be copied alone.
 """

@@ -106,13 +106,15 @@ PHI3 = Config(  # the authors' settings, as read from their code
     taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), retain_weight=0.0, optimizer="sgd", llm_lr=3e-4,
     head_lr=1e-4, stop_at=0.0, log_every=50, sets=("forget", "neighbor", "mmlu"))
 PRESETS = {"smol": SMOL, "phi3": PHI3}
-# The methods on tokens, by preset: learning rate, that with LoRA, batch, stages. RWKU's scripts (written for Llama-3; a
-# stage is one of their epochs) and, for the small model, what did best on Leonardo da Vinci.
+# The methods on tokens, by preset: learning rate, batch, stages. phi3: RWKU's scripts, which are for Llama-3 (a stage
+# is one of their epochs). smol: chosen on Leonardo da Vinci.
 TOKENS = {
-    "phi3": {"ga": (6e-8, 1e-5, 8, 3), "ga*": (1e-6, 2e-5, 4, 4), "npo": (2e-6, 5e-5, 16, 3),
-             "dpo": (5e-6, 6e-5, 8, 3), "rt": (4e-7, 3e-5, 8, 3)},
-    "smol": {"ga": (1.5e-5, 3e-4, 8, 12), "ga*": (1.5e-5, 3e-4, 8, 12), "npo": (1.5e-5, 3e-4, 8, 12),
-             "dpo": (1.5e-5, 3e-4, 8, 12), "rt": (1.5e-5, 3e-4, 8, 12)},
+    "phi3": {"ga": (6e-8, 8, 3), "ga lora": (1e-5, 8, 3), "ga*": (1e-6, 4, 4), "ga* lora": (2e-5, 4, 6),
+             "npo": (2e-6, 16, 3), "npo lora": (5e-5, 16, 3), "dpo": (5e-6, 8, 3), "dpo lora": (6e-5, 8, 3),
+             "rt": (4e-7, 8, 3), "rt lora": (3e-5, 8, 3)},
+    "smol": {"ga": (1.5e-5, 8, 12), "ga lora": (3e-4, 8, 12), "ga*": (1.5e-5, 8, 12), "ga* lora": (3e-4, 8, 12),
+             "npo": (5e-5, 8, 12), "npo lora": (1e-3, 8, 12), "dpo": (5e-5, 8, 12), "dpo lora": (1e-3, 8, 12),
+             "rt": (5e-5, 8, 12), "rt lora": (1e-3, 8, 12)},
 }
 TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 6, "warmup": 5}}
 METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
@@ -151,6 +153,7 @@ def parse(argv: list[str] | None) -> Config:
     if config.target_text and config.method not in ("atu", "ga", "npo"):
         raise data.BadInput(f"--target-text: {config.method} needs questions and answers; take atu, ga or npo")
     slug = re.sub(r"[\W_]+", "-", (config.target or Path(config.target_text).stem).casefold()).strip("-")
+    slug = slug or "run"
     slug += f"-{config.method}" if config.method != "atu" else ""
     config = dataclasses.replace(config, device=device, out=config.out or f"runs/{slug}",
                                  bf16=config.bf16 and data.fast_dtype(device) == torch.bfloat16)
@@ -161,12 +164,13 @@ def parse(argv: list[str] | None) -> Config:
 def method_settings(config: Config) -> dict:
     """What the settings of a method on tokens are where the command line is silent."""
     name = "ga*" if config.method == "ga" and config.corpus == "passage" else config.method
+    name += " lora" * bool(config.lora)
     if name not in TOKENS[config.preset]:
         return {}
-    full, adapters, batch, stages = TOKENS[config.preset][name]
+    llm_lr, batch, stages = TOKENS[config.preset][name]
     return TOKENS_ALIKE[config.preset] | {
-        "llm_lr": adapters if config.lora else full, "batch": batch, "stages": stages, "optimizer": "adamw",
-        "retain_weight": 1.0, "beta": 0.2 if name == "npo" else 0.1}
+        "llm_lr": llm_lr, "batch": batch, "stages": stages, "optimizer": "adamw", "retain_weight": 1.0,
+        "beta": 0.2 if config.method == "npo" else 0.1}
 
 
 def choose_preset(name: str, device: str) -> tuple[str, str]:
@@ -275,7 +279,7 @@ def load(config: Config) -> Work:
     llm, tokenizer = data.load_llm(config.model, config.device)
     check_blocks(llm, config)
     if passage:
-        about, answers = [passage], []
+        about, answers = data.pieces(passage, tokenizer, config.length), []
     elif not known:
         about, near, answers = write_material(llm, tokenizer, target, kind, config)
         others = near + others
@@ -381,7 +385,8 @@ def run(config: Config) -> dict:
     def score(ask_first: str) -> tuple[dict, list[dict]]:
         """evaluate.evaluate and the `seconds` that it took."""
         began = time.perf_counter()
-        scores, asked = evaluate.evaluate(work.llm, work.tokenizer, work.probes, config.eval_batch, ask_first)
+        scores, asked = evaluate.evaluate(work.llm, work.tokenizer, work.probes, config.eval_batch, ask_first,
+                                          bf16=config.bf16)
         return scores | {"seconds": time.perf_counter() - began}, asked
 
     before, asked_before = score("")
@@ -415,8 +420,8 @@ def run(config: Config) -> dict:
     if config.lora:
         work = work._replace(llm=work.llm.merge_and_unload())
     save(out, work, state.head, config)
-    recovery = {} if stopped else pairs(untouched, recover(work, config))
-    if stages:
+    recovery = {} if stopped else pairs(untouched, untouched if config.method == "icu" else recover(work, config))
+    if stages and recovery:
         stages[-1]["recovery"] = recovery
     results = {"target": work.target, "settings": dataclasses.asdict(config), "versions": versions(),
                "seed": config.seed, "before": before, "stages": stages, "after": after, "levels": levels(stages),

@@ -204,7 +204,25 @@ def test_a_concept_is_a_known_target_or_a_new_name(folders, name, described, exp
     assert data.find_concept(folders["rwku"], name, described) == expected
 
 
-@pytest.mark.parametrize("name", ["Ada Lurk", "../x", "", ".."])
-def test_what_is_neither(folders, name):
-    with pytest.raises(data.BadInput):
+@pytest.mark.parametrize("name, message", [("Ada Lurk", "did you mean Ada Lark.*--describe"), ("lark", "did you mean Ada Lark"),
+                                           ("../x", "a path"), ("", "a path"), ("..", "a path")])
+def test_what_is_neither(folders, name, message):
+    with pytest.raises(data.BadInput, match=message):
         data.find_concept(folders["rwku"], name, False)
+
+
+def test_an_answer_ends_as_the_template_ends_it():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<pad>"  # as in Phi-3, whose turns end with <|end|> and texts with another token
+    ids, mask = data.tokenize_answers([("Who?", "Ada.")], tokenizer, 9)
+    assert tokenizer.decode(ids[mask]) == "Ada.<|end|>"
+
+
+@settings(max_examples=50)
+@given(st.integers(20, 90), st.integers(5, 40))
+def test_pieces_cover_a_passage_and_its_end(tokens, length):
+    text = TOKENIZER.decode(TOKENIZER("the sea and the birds " * 30)["input_ids"][:tokens])
+    ids = TOKENIZER(text)["input_ids"]
+    parts = [TOKENIZER(part)["input_ids"] for part in data.pieces(text, TOKENIZER, length)]
+    assert all(len(part) <= length for part in parts) and parts[-1] == ids[-min(length, len(ids)):]
+    assert sum(map(len, parts)) >= len(ids) and parts[0] == ids[:length]

@@ -69,7 +69,7 @@ def test_the_saved_head_fits_the_class(finished):
 
 def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
     scores = iter([80.0, 40.0, 20.0, 10.0])
-    def fake(*_):
+    def fake(*_, **__):
         value = next(scores)
         sets = [score for name in evaluate.DEFAULT_SETS for score in evaluate.SETS[name]]
         return {name: value for name in (*sets, "forget_all", "neighbor_all")}, [
@@ -205,6 +205,7 @@ def test_every_method_on_tokens_runs_from_end_to_end(arguments, folders, tmp_pat
     results, steps, stages = outcome(tmp_path / "run")
     assert len(steps) == 6 and [s["stage"] for s in stages] == [1, 2] and len(results["stages"]) == 2
     assert steps[-1]["loss"] < steps[0]["loss"]  # ascent is written as a loss that falls (Eq. 5)
+    assert (steps[0]["loss"] < 0) == (method == "ga")
     if first is not None:
         assert steps[0]["loss"] == pytest.approx(first, rel=0.02)  # equal models: (2 / beta) log 2, or log 2
     if "kl" in flags:
@@ -216,7 +217,8 @@ def test_every_method_on_tokens_runs_from_end_to_end(arguments, folders, tmp_pat
     else:
         assert len(moved) == len(list(AutoModelForCausalLM.from_pretrained(folders["llm"]).parameters()))
     assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
-    scores, _ = evaluate.evaluate(*data.load_llm(str(tmp_path / "run" / "model")), evaluate.read_probes(folders["rwku"], "Ada Lark"))
+    scores, _ = evaluate.evaluate(*data.load_llm(str(tmp_path / "run" / "model")), evaluate.read_probes(folders["rwku"], "Ada Lark"),
+                                  bf16="--no-bf16" not in flags)
     assert scores == {name: results["after"][name] for name in scores}
 
 
@@ -267,6 +269,7 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     assert settings("phi3", "--method", "ga", "--lora", "8").llm_lr == 1e-5
     star = settings("phi3", "--method", "ga", "--corpus", "passage")
     assert (star.llm_lr, star.batch, star.stages) == (1e-6, 4, 4)
+    assert settings("phi3", "--method", "ga", "--corpus", "passage", "--lora", "8").stages == 6
     assert settings("phi3", "--method", "ga", "--llm-lr", "7", "--length", "9").llm_lr == 7
     assert settings("phi3").optimizer == "sgd" and settings("phi3").llm_lr == 3e-4
     assert settings("smol", "--method", "dpo").out == "runs/x-dpo" and settings("smol").out == "runs/x"
@@ -344,7 +347,7 @@ def test_a_passage_is_forgotten_word_for_word(arguments, tmp_path, method):
 
 
 @pytest.mark.parametrize("content, flags, message", [
-    (None, "", "not readable"), (" \n", "", "empty"), ("A text.", "--method dpo", "needs questions"), ("A text.", "--method rt", "needs questions")])
+    (None, "", "not readable"), (" \n", "", "empty"), ("A text.", "", "20 or more"), ("A text.", "--method dpo", "needs questions"), ("A text.", "--method rt", "needs questions")])
 def test_passages_that_cannot_be_forgotten(arguments, capsys, tmp_path, content, flags, message):
     if content is not None:
         (tmp_path / "p.txt").write_text(content)

@@ -507,8 +507,13 @@ PUBLISHED = {
 }
 
 
+# Settings in which the runs of a line of the table may differ: means are taken over them.
+OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", "out", "device")
+
+
 def read_runs(folders: list[Path], mixed: bool) -> dict[tuple[str, str], list[dict]]:
-    """What results.json holds of each run, by (method, model). Raises BadInput if models differ and not `mixed`."""
+    """What results.json holds of each run, by (method, model); settings in which runs of a method differ are part of
+    its name. Raises BadInput if models differ and not `mixed`."""
     runs = []
     for folder in folders:
         file = folder / "results.json"
@@ -522,15 +527,17 @@ def read_runs(folders: list[Path], mixed: bool) -> dict[tuple[str, str], list[di
             raise data.BadInput(f"{file}: not the results of a run ({type(error).__name__}: {error})") from error
         if missing:
             raise data.BadInput(f"{file}: has no {', '.join(sorted(missing))}, so no place in the table; leave it out")
-    models = sorted({run["model"] for run in runs})
+    models = sorted({run["settings"]["model"] for run in runs})
     if len(models) > 1 and not mixed:
         raise data.BadInput(f"--compare: runs of different models ({', '.join(models)}); "
                             "with --mixed they stand side by side")
-    layers = {run["settings"]["layer"] for run in runs if run["settings"]["method"] == "atu"}
     groups = {}
     for run in runs:
-        layer = f", layer {run['settings']['layer']}" if len(layers) > 1 and run["settings"]["method"] == "atu" else ""
-        groups.setdefault((run["name"] + layer, run["model"]), []).append(run)
+        alike = [other["settings"] for other in runs if other["name"] == run["name"] and other["model"] == run["model"]]
+        varied = [key for key in run["settings"] if key not in OWN
+                  and any(other.get(key) != run["settings"][key] for other in alike)]
+        settings = "".join(f", {key.replace('_', ' ')} {run['settings'][key]}" for key in varied)
+        groups.setdefault((run["name"] + settings, run["model"]), []).append(run)
     return dict(sorted(groups.items()))
 
 
@@ -563,7 +570,7 @@ def first_stage(run: dict, level: float, relative: bool) -> dict | None:
 
 
 def comparison(groups: dict, levels: list[float], relative: bool) -> tuple[list[str], list[list[str]]]:
-    """Table 1 of runs: (head, lines). A line is a method at a level: mean ± standard deviation over targets and seeds.
+    """Table 1 of runs: (head, lines). A line is a method at a level or its end: mean ± standard deviation over runs.
 
     Absolute scores, the published rows below them; with `relative`, percent of what each run began with, and recovery
     (`atu.recovery`: the similarity to the concept that a fresh head finds, untouched -> at that stage).
@@ -589,13 +596,15 @@ def comparison(groups: dict, levels: list[float], relative: bool) -> tuple[list[
         if not relative:
             cells = [cell([run["before"][c] for run in runs]) for c in columns]
             lines.append([name, model, "before", *cells, str(len(runs))])
-        for level in levels:
-            at = [(run, stage) for run in runs if (stage := first_stage(run, level, relative))]
+        reached = {f"{level:g} %": [(run, first_stage(run, level, relative)) for run in runs] for level in levels}
+        reached["end"] = [(run, (run["stages"] or [None])[-1]) for run in runs]
+        for level, found in reached.items():
+            at = [(run, stage) for run, stage in found if stage]
             share = [{c: 100 / (run["before"][c] or float("nan")) if relative else 1.0 for c in columns}
                      for run, _ in at]
             cells = [cell([stage[c] * s[c] for (_, stage), s in zip(at, share)]) if at else "-" for c in columns]
             cells += [recovered([stage["recovery"] for _, stage in at if stage.get("recovery")])] * relative
-            lines.append([name, model, f"{level:g} %", *cells, f"{len(at)} of {len(runs)}"])
+            lines.append([name, model, level, *cells, f"{len(at)} of {len(runs)}"])
     if not relative:
         places = ["forget_fb", "forget_qa", "forget_aa", "neighbor_fb", "neighbor_qa", "mmlu"]
         for name, figures in PUBLISHED.items():

@@ -282,6 +282,7 @@ def test_table_1_of_runs(runs, tmp_path, capsys):
     assert at["ATU + retain (F)", "before"]["forget fb"] == "80.0 ± 0.0"
     assert at["ATU + retain (F)", "50 %"]["forget qa"] == "25.0 ± 7.1" and at["ATU + retain (F)", "50 %"]["runs"] == "2 of 2"
     assert at["ATU + retain (F)", "35 %"]["neighbor fb"] == "75.0 ± 7.1"
+    assert at["GA* + KL (L)", "end"]["forget aa"] == "60.0" and at["ATU + retain (F)", "end"]["forget aa"] == "25.0 ± 7.1"
     assert at["GA* + KL (L)", "50 %"]["forget aa"] == "-" and at["GA* + KL (L)", "50 %"]["runs"] == "0 of 1"
     assert at["published: ATU, 20 %", ""]["forget fb"] == "13.5" and at["published: ATU, 20 %", ""]["general"] == "-"
     assert all(row[1] in ("tiny", "Phi-3-mini-4k") for row in rows[2:]) and "published: NPO (F)" in shown
@@ -300,8 +301,15 @@ def test_runs_of_different_models_stand_side_by_side_only_where_asked(runs, tmp_
     write, folders = runs
     other = write("d", "npo", [stage(10, 10)], model="big")
     assert evaluate.main(["--compare", *folders, other, "--out", str(tmp_path / "t")]) == 2
-    assert "different models (big, tiny); with --mixed" in capsys.readouterr().err and not (tmp_path / "t.md").exists()
+    assert "different models (/x/tiny, big); with --mixed" in capsys.readouterr().err and not (tmp_path / "t.md").exists()
     assert evaluate.main(["--compare", *folders, other, "--mixed", "--out", str(tmp_path / "t")]) == 0
+
+
+def test_settings_in_which_runs_of_a_method_differ_are_part_of_its_name(runs):
+    write, folders = runs
+    other = write("d", "atu", [stage(10, 10)], layer=3, seed=7)
+    names = [name for name, _ in evaluate.read_runs([Path(folder) for folder in (*folders, other)], mixed=False)]
+    assert names == ["ATU + retain (F), layer 2", "ATU + retain (F), layer 3", "GA* + KL (L)"]
 
 
 def test_bad_runs(runs, tmp_path, capsys):

@@ -763,6 +763,8 @@ def check_sets(sets) -> None:
 
 def compare(args: argparse.Namespace) -> int:
     """Table 1 and Figs. 4 to 6 of finished runs. Raises BadInput."""
+    if not args.out.name:
+        raise data.BadInput(f"--out {args.out}: no file name; name one, without its ending")
     files = [args.out.with_name(f"{args.out.name}.{ending}") for ending in ("md", "png")]
     for file in files:
         data.check_writable(file, "--out")

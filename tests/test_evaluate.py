@@ -317,8 +317,9 @@ def test_bad_runs(runs, tmp_path, capsys):
     (tmp_path / "a" / "results.json").write_text("{}")
     assert evaluate.main(["--compare", str(tmp_path / "a"), "--out", str(tmp_path / "t")]) == 2
     assert evaluate.main(["--compare", str(tmp_path / "b"), "--out", "nowhere/t"]) == 2
+    assert evaluate.main(["--compare", str(tmp_path / "b"), "--out", "."]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and "no such file" in errors[0] and "not the results of a run" in errors[1]
+    assert len(errors) == 4 and "no such file" in errors[0] and "not the results of a run" in errors[1]
 
 
 def test_a_line_of_the_figures_goes_on_where_a_run_has_ended(runs):

@@ -394,10 +394,13 @@ class Corpus(NamedTuple):
 def tokenize(texts: list[str], tokenizer, length: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask, (N, T) each, T = `length` or the longest text if shorter; cut and padded on the right."""
     rows = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
+    return padded(rows, tokenizer.pad_token_id), padded([[True] * len(row) for row in rows], False)
+
+
+def padded(rows: list[list], value) -> Tensor:
+    """Rows of different lengths as one tensor (N, T), filled up with `value` on the right."""
     T = max(map(len, rows))
-    input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (T - len(row)) for row in rows])  # (N, T)
-    mask = torch.tensor([[True] * len(row) + [False] * (T - len(row)) for row in rows])          # (N, T)
-    return input_ids, mask
+    return torch.tensor([row + [value] * (T - len(row)) for row in rows])
 
 
 def pieces(text: str, tokenizer, length: int) -> list[str]:
@@ -424,10 +427,7 @@ def tokenize_answers(asked: list[tuple[str, str]], tokenizer, length: int) -> tu
         answer = (answer + [end])[:length]
         rows.append(prompt + answer)
         answers.append([False] * len(prompt) + [True] * len(answer))
-    T = max(map(len, rows))
-    input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (T - len(row)) for row in rows])  # (N, T)
-    mask = torch.tensor([row + [False] * (T - len(row)) for row in answers])                     # (N, T)
-    return input_ids, mask
+    return padded(rows, tokenizer.pad_token_id), padded(answers, False)
 
 
 def end_of_turn(tokenizer) -> int:

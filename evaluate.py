@@ -205,8 +205,7 @@ def common_start(sequences: list[list[int]]) -> int:
 
 def padded(sequences: list[list[int]], tokenizer, device) -> Tensor:
     """(B, T), padded on the right, where causal attention cannot see it."""
-    length = max(map(len, sequences))
-    return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in sequences], device=device)
+    return data.padded(sequences, tokenizer.pad_token_id).to(device)
 
 
 def of_tokens(llm, hidden: Tensor, tokens: list[int]) -> Tensor:
@@ -220,8 +219,6 @@ def of_tokens(llm, hidden: Tensor, tokens: list[int]) -> Tensor:
 def make_prompt(score: str, probe: dict, tokenizer, before: str = "") -> str:
     """RWKU's prompt: one user turn in the chat template, then `Answer:`, which "affirmative suffix" goes without."""
     query, kind = probe.get("query") or probe["question"], probe.get("type")
-    if score.endswith("_text"):
-        return query
     template = BLANK if score.endswith("_fb") else IN_CONTEXT if kind == "incontext learning" else QUESTION
     turn = before + template.format(query=query)
     if kind == "affirmative suffix":

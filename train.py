@@ -124,6 +124,8 @@ TOKENS = {
              "rt": (5e-5, 8, 12), "rt lora": (1e-3, 8, 12)},
 }
 TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 6, "warmup": 5}}
+# Align-then-Unlearn by LoRA. smol: by trials on Leonardo da Vinci; phi3: not tried.
+ATU_LORA = {"phi3": {"optimizer": "adamw", "llm_lr": 1e-4}, "smol": {"llm_lr": 1e-3}}
 # Settings that may be others where a run goes on.
 FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every")
 METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
@@ -180,18 +182,21 @@ def plain(value) -> str:
 
 
 def own_settings() -> str:
-    """The end of --help: TOKENS, which stand in place of the defaults above."""
-    lines = ["ga, npo, dpo and rt have settings of their own (ga*: ga with --corpus passage), with AdamW:", ""]
+    """The end of --help: TOKENS and ATU_LORA, which stand in place of the defaults above."""
+    lines = ["ga, npo, dpo and rt have settings of their own (ga*: ga with --corpus passage), all with AdamW:", ""]
     for preset, methods in TOKENS.items():
         alike = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOKENS_ALIKE[preset].items())
         lines.append(f"  {preset}: {alike}")
         lines += [f"    {name:<10} --llm-lr {llm_lr:<8g} --batch {batch:<3} --stages {stages}"
                   for name, (llm_lr, batch, stages) in methods.items()]
+        lines.append(f"    atu lora   --llm-lr {ATU_LORA[preset]['llm_lr']:g}")
     return "\n".join(lines)
 
 
 def method_settings(config: Config) -> dict:
-    """What the settings of a method on tokens are where the command line is silent."""
+    """What a method's own settings are where the command line is silent."""
+    if config.method == "atu":
+        return ATU_LORA[config.preset] if config.lora else {}
     name = "ga*" if config.method == "ga" and config.corpus == "passage" else config.method
     name += " lora" * bool(config.lora)
     if name not in TOKENS[config.preset]:
@@ -203,7 +208,10 @@ def method_settings(config: Config) -> dict:
 
 
 def choose_preset(name: str, device: str, needed: int) -> tuple[str, str]:
-    """(preset, why); `auto` takes phi3 where a CUDA device may be used and has the `needed` GB. Raises data.BadInput."""
+    """(preset, why); `auto` takes phi3 where a CUDA device may be used and has the `needed` GB free.
+
+    Raises data.BadInput.
+    """
     if name in PRESETS:
         return name, "asked for"
     if name != "auto":
@@ -331,7 +339,7 @@ def load(config: Config) -> Work:
     target, known = (Path(config.target_text).stem, False) if passage else data.find_concept(
         root, config.target, bool(config.describe))
     if known and (config.neighbors or config.corpus_size != PRESETS[config.preset].corpus_size):
-        raise data.BadInput(f"--neighbors and --corpus-size are for concepts that are in no dataset; {target} is in one")
+        raise data.BadInput(f"--neighbors and --corpus-size are for concepts in no dataset; {target} is in one")
     if target.casefold() in [name.strip().casefold() for name in config.neighbors]:
         raise data.BadInput(f"--neighbors {target}: that is the target itself; leave it out")
     probes = read_probes(root, target, known, config)
@@ -557,9 +565,10 @@ class Checkpoints:
     def __init__(self, file: Path, corpus: data.Corpus, config: Config):
         self.file, self.every, self.last = file, config.save_every, time.perf_counter()
         self.writer, self.written = ThreadPoolExecutor(1), None
-        texts = hashlib.sha256(corpus.input_ids.numpy().tobytes()).hexdigest()
-        self.of = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-        self.of = json.loads(json.dumps(self.of | {"texts": texts}))
+        settings = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()
+                    if name not in FREE}
+        read = hashlib.sha256(corpus.input_ids.numpy().tobytes()).hexdigest()[:8]
+        self.of = json.loads(json.dumps(settings | {"text or tokenizer": read}))
 
     def save(self, state: atu.State, progress: Progress, at_once: bool) -> None:
         """Every `save_every` seconds, or `at_once`. Raises data.BadInput where the one before could not be written."""
@@ -585,8 +594,8 @@ class Checkpoints:
         tensors, found = read_checkpoint(self.file)
         for name, value in self.of.items():
             if found["of"].get(name) != value:
-                raise data.BadInput(f"{self.file}: of a run with another --{name.replace('_', '-')} "
-                                    f"({found['of'].get(name)}, not {value}); name another folder with --out")
+                raise data.BadInput(f"{self.file}: of a run with another {name} ({found['of'].get(name)}, not {value}); "
+                                    "name another folder with --out")
         put_tensors(state, tensors)
         for name, value in found["state"].items():
             setattr(state, name, value)
@@ -676,8 +685,7 @@ def begin(work: Work, config: Config):
         return state, atu.align_then_unlearn(state, work.concept, work.corpus, config)
     state = atu.State(work.llm, None, None, None, torch.Generator().manual_seed(config.seed), stage=1)
     if config.method == "icu":
-        nothing = {"kind": "stage", "stage": 1, "tau": None, "steps": 0, "seconds": 0.0, "tokens": 0}
-        return state, iter([nothing])
+        return state, no_training(state)
     if not config.lora:
         work.llm.requires_grad_(True)
     state.llm_optimizer = atu.llm_optimizer(work.llm, config)
@@ -686,6 +694,13 @@ def begin(work: Work, config: Config):
         reference = [reference_log_probs(work.llm, *texts, config) for texts in work.forget]
     ask = original_logits(work.llm, config) if config.retain == "kl" else None
     return state, unlearn_tokens(state, work.forget, reference, work.corpus, ask, config)
+
+
+def no_training(state: atu.State):
+    """The one stage of icu."""
+    if state.stage == 1:
+        state.next_stage()
+        yield {"kind": "stage", "stage": 1, "tau": None, "steps": 0, "seconds": 0.0, "tokens": 0}
 
 
 def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], reference: list[Tensor], corpus: data.Corpus,
@@ -806,9 +821,9 @@ def versions(device: str) -> dict:
     """What the figures depend on beside the settings."""
     import sentence_transformers
     import transformers
-    cpu = platform.processor() or platform.machine()
+    named = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "sentence_transformers": sentence_transformers.__version__, "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu,
+            "sentence_transformers": sentence_transformers.__version__, "device": named or platform.machine(),
             "threads": torch.get_num_threads()}
 
 

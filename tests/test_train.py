@@ -373,6 +373,7 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     assert settings("phi3", "--method", "ga", "--corpus", "passage", "--lora", "8").stages == 6
     assert settings("phi3", "--method", "ga", "--llm-lr", "7", "--length", "9").llm_lr == 7
     assert settings("phi3").optimizer == "sgd" and settings("phi3").llm_lr == 3e-4
+    assert settings("phi3", "--lora", "8").optimizer == "adamw" and settings("smol", "--lora", "8").llm_lr == 1e-3
     assert settings("smol", "--method", "dpo").out == "runs/x-dpo" and settings("smol").out == "runs/x"
 
 

@@ -12,8 +12,7 @@ All four are plain loops (three of them generators of records): they print nothi
 
 import copy
 import time
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,33 +28,44 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class State:
-    """All that changes during a run. Every function here updates it in place."""
+    """All that changes during a run. Every function here updates it in place, and each can go on from it anywhere."""
 
     llm: nn.Module
     head: EmbeddingHead | None  # the methods on tokens have none
     llm_optimizer: torch.optim.Optimizer | None
     head_optimizer: torch.optim.Optimizer | None
     generator: torch.Generator  # draws the batches
+    original: Tensor | None = None  # (N, T, D) hidden states before unlearning; of all this the one that never changes
     stage: int = 0              # 0 is the first alignment, s the s-th tau
+    aligning: bool = False      # in a stage, E is aligned after M has been unlearned
+    done: int = 0               # steps of the alignment or unlearning under way
+    recent: list[float] = field(default_factory=list)  # shares of positions above the margin in its last batches
     step: int = 0               # optimizer steps so far, of both kinds
     tokens: int = 0             # real tokens that went through M or E in them
+    began: tuple[int, int] = (0, 0)  # `step` and `tokens` when the stage began
+    record: dict = field(default_factory=dict)  # the last losses of the stage
+
+    def next_stage(self) -> None:
+        """The stage is over."""
+        self.stage, self.aligning, self.began, self.record = self.stage + 1, False, (self.step, self.tokens), {}
 
 
-def start(llm: nn.Module, embedding_size: int, config) -> State:
+def start(llm: nn.Module, corpus, config) -> State:
     """A new head, what moves and what does not, and one optimizer each, kept for the whole run.
 
     Of the llm the blocks 1..layer move, and with `train_embeddings` its input embedding too (the paper's θ_M; where
     it is tied to the LM head, that moves with it); with `lora` the adapters alone, which are there already. Reads seed,
-    layer, train_embeddings, lora, head_depth, head_width, optimizer, llm_lr, head_lr.
+    layer, train_embeddings, lora, head_depth, head_width, optimizer, llm_lr, head_lr, bf16, batch.
     """
     if not config.lora:
         decoder = llm.get_decoder()
         llm.requires_grad_(False)
         decoder.layers[:config.layer].requires_grad_(True)
         decoder.get_input_embeddings().requires_grad_(config.train_embeddings)
-    head = new_head(llm, embedding_size, config)
+    head = new_head(llm, corpus.table.shape[1], config)
     head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr)
-    return State(llm, head, llm_optimizer(llm, config), head_optimizer, torch.Generator().manual_seed(config.seed))
+    return State(llm, head, llm_optimizer(llm, config), head_optimizer, torch.Generator().manual_seed(config.seed),
+                 cached_hidden_states(llm, corpus.input_ids, config))
 
 
 def llm_optimizer(llm: nn.Module, config) -> torch.optim.Optimizer:
@@ -109,7 +119,7 @@ def align(state: State, corpus, hidden: Tensor, steps: int, config):
     hidden: (N, T, D) of the corpus. Yields a record every `log_every` steps and at the last.
     Reads align_batch, clip, bf16, log_every.
     """
-    for n in range(1, steps + 1):
+    while state.done < steps:
         rows = draw(torch.arange(len(hidden)), config.align_batch, state.generator)     # (B,)
         valid = corpus.valid[rows].to(hidden.device)                                    # (B, T)
         reference = corpus.table[corpus.index[rows]].to(hidden.device)                  # (B, T, E)
@@ -119,10 +129,12 @@ def align(state: State, corpus, hidden: Tensor, steps: int, config):
         loss = alignment_loss(predicted.float(), reference, valid)
         optimize(loss, state.head_optimizer, config.clip)
 
-        state.step += 1
+        state.done, state.step = state.done + 1, state.step + 1
         state.tokens += int(corpus.mask[rows].sum())
-        if n % config.log_every == 0 or n == steps:
+        if state.done % config.log_every == 0 or state.done == steps:
+            state.record["align_loss"] = loss.item()
             yield {"kind": "align", "stage": state.stage, "step": state.step, "loss": loss.item()}
+    state.done = 0
 
 
 def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float, config):
@@ -134,10 +146,14 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
     `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
     Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, patience.
     """
-    device, recent = state.llm.device, deque(maxlen=config.patience)
-    about, others = corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
+    device, about, others = state.llm.device, corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
+
+    def finished() -> bool:
+        return (state.done == config.unlearn_steps
+                or len(state.recent) == config.patience and sum(state.recent) / config.patience <= config.inactive)
+
     state.head.requires_grad_(False)
-    for n in range(1, config.unlearn_steps + 1):
+    while not finished():
         rows = draw(about, config.batch, state.generator)                                           # (B,)
         mask = corpus.mask[rows].to(device)                                                         # (B, T)
 
@@ -154,18 +170,18 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
             state.tokens += int(corpus.mask[kept].sum())
         optimize(forget + config.retain_weight * drift, state.llm_optimizer, config.clip)
 
-        state.step += 1
+        state.done, state.step = state.done + 1, state.step + 1
         state.tokens += int(mask.sum())
         similarity = cosine(predicted.detach(), concept)[mask]                                      # (real tokens,)
-        recent.append((similarity > tau).float().mean().item())
-        finished = len(recent) == config.patience and sum(recent) / len(recent) <= config.inactive
-        if n % config.log_every == 0 or finished or n == config.unlearn_steps:
+        state.recent = [*state.recent, (similarity > tau).float().mean().item()][-config.patience:]
+        if state.done % config.log_every == 0 or finished():
+            active = sum(state.recent) / len(state.recent)
+            state.record |= {"unlearn_loss": forget.item(), "retain_loss": drift.item(), "active": active}
             yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step, "loss": forget.item(),
-                   "retain": drift.item(), "similarity": similarity.mean().item(), "active": sum(recent) / len(recent)}
-        if finished:
-            break
+                   "retain": drift.item(), "similarity": similarity.mean().item(), "active": active}
     state.llm_optimizer.zero_grad()  # frees the gradients' memory
     state.head.requires_grad_(True)
+    state.done, state.recent = 0, []
 
 
 def align_then_unlearn(state: State, concept: Tensor, corpus, config):
@@ -176,26 +192,27 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
     Yields the records of `align` and `unlearn`, and one of kind "stage" at the end of each stage (stage 0 is the
     first alignment): stage, tau, steps, the losses at its end, the share of active positions, the similarity to
     the concept on the target's and on the other texts after realignment, seconds and tokens of the stage.
+    A stage's record comes when the state is ready for the next one.
     Reads, beside what its parts read, taus, align_steps, realign_steps.
     """
     concept = concept.to(state.llm.device)
-    hidden = cached_hidden_states(state.llm, corpus.input_ids, config)                              # (N, T, D)
-    original = hidden if config.retain_weight else None
-    for state.stage, tau in enumerate([None, *config.taus]):
-        began, step, tokens = time.perf_counter(), state.step, state.tokens
-        aligned, unlearned, steps = {}, {}, config.align_steps
-        if tau is not None:
-            steps = config.realign_steps
-            for unlearned in unlearn(state, concept, corpus, original, tau, config):
-                yield unlearned
+    while state.stage <= len(config.taus):
+        began, tau, steps, hidden = time.perf_counter(), None, config.align_steps, state.original
+        if state.stage:
+            tau, steps = config.taus[state.stage - 1], config.realign_steps
+            if not state.aligning:
+                yield from unlearn(state, concept, corpus, state.original, tau, config)
+            state.aligning = True
             hidden = cached_hidden_states(state.llm, corpus.input_ids, config)                      # (N, T, D)
-        for aligned in align(state, corpus, hidden, steps, config):
-            yield aligned
-        yield {"kind": "stage", "stage": state.stage, "tau": tau, "steps": state.step - step,
-               "align_loss": aligned.get("loss"), "unlearn_loss": unlearned.get("loss"),
-               "retain_loss": unlearned.get("retain"), "active": unlearned.get("active"),
-               **similarities(state.head, hidden, concept, corpus, config),
-               "seconds": time.perf_counter() - began, "tokens": state.tokens - tokens}
+        yield from align(state, corpus, hidden, steps, config)
+        record = {"kind": "stage", "stage": state.stage, "tau": tau, "steps": state.step - state.began[0],
+                  **{name: state.record.get(name) for name in ("align_loss", "unlearn_loss", "retain_loss", "active")},
+                  **similarities(state.head, hidden, concept, corpus, config),
+                  "seconds": time.perf_counter() - began, "tokens": state.tokens - state.began[1]}
+        if not config.retain_weight:
+            state.original = None  # frees its memory
+        state.next_stage()
+        yield record
 
 
 def recovery(llm: nn.Module, concept: Tensor, corpus, config) -> dict:

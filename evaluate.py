@@ -497,7 +497,8 @@ PUBLISHED = {
 
 
 # Settings in which the runs of a line of the table may differ: means are taken over them.
-OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", "out", "device")
+OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", "out", "device", "resume",
+       "save_every", "eval_batch", "log_every")
 
 
 def read_runs(folders: list[Path], mixed: bool) -> dict[tuple[str, str], list[dict]]:

@@ -10,19 +10,24 @@ work on tokens (Appendix A.2): GA, NPO, DPO and RT are `unlearn_tokens` here; IC
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import platform
 import re
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
@@ -94,6 +99,8 @@ class Config:
     log_every: int = option(10, "steps between two lines of the log")
     seed: int = option(0, "of E's weights and of the batches")
     device: str = option("auto", "auto, cpu or cuda")
+    resume: bool = option(False, "go on where a run in --out was cut off, or begin it; a finished one is left as it is")
+    save_every: float = option(300.0, "seconds between two checkpoints, at least (there is one at the end of each stage)")
     out: str = option("", "folder of the run (default: runs/<target>)")
 
 
@@ -119,6 +126,8 @@ TOKENS = {
 TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 6, "warmup": 5}}
 # Align-then-Unlearn by LoRA. smol: by trials on Leonardo da Vinci; phi3: not tried.
 ATU_LORA = {"phi3": {"optimizer": "adamw", "llm_lr": 1e-4}, "smol": {"llm_lr": 1e-3}}
+# Settings that may be others where a run goes on.
+FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every")
 METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
 # GB of free CUDA memory for phi3, by arithmetic: fp32 weights 15, their bf16 copies 7, hidden states of the corpus 8,
 # activations of 4096 tokens in all blocks 29; what moves adds its gradients and AdamW's two moments: 13 + 0 in atu
@@ -281,26 +290,33 @@ def check_read(config: Config, given: dict) -> None:
 
 
 @contextmanager
-def claimed(out: Path):
-    """The new folder of a run; bad input or out of memory takes it away again, unless a model has been saved in it.
+def claimed(out: Path, resume: bool):
+    """The folder of a run, locked. Bad input or out of memory takes it away again, unless something has been saved.
 
-    Raises data.BadInput if it cannot be written or already holds something.
+    Raises data.BadInput if it cannot be written, is another run's, or already holds something and not `resume`.
     """
+    lock = FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise data.BadInput(f"--out {out}: already holds a run; delete it, or name another folder with --out")
-        (out / ".probe").touch()
-        (out / ".probe").unlink()
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise data.BadInput(f"--out {out}: another run is at work there; name another folder with --out") from error
     except OSError as error:
         raise data.BadInput(f"--out {out}: cannot be written ({error.strerror}); name another with --out") from error
+    fresh = {file.name for file in out.iterdir()} <= {".lock"}
     try:
+        if not resume and not fresh:
+            raise data.BadInput(f"--out {out}: already holds a run; go on with --resume, delete it, or name another "
+                                "folder with --out")
         with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch"):
             yield
     except data.BadInput:
-        if not (out / "model").exists():
+        if fresh and not any((out / name).exists() for name in ("model", "checkpoint.safetensors")):
             shutil.rmtree(out.resolve())
         raise
+    finally:
+        lock.release()
+        (out / ".lock").unlink(missing_ok=True)
 
 
 class Work(NamedTuple):
@@ -433,6 +449,21 @@ def forget_texts(corpus: data.Corpus, answers: list[dict], tokenizer, config: Co
     return [data.tokenize_answers(part, tokenizer, config.length) for part in asked]
 
 
+@dataclass
+class Progress:
+    """What a run has found so far; with `atu.State` all that a checkpoint holds."""
+
+    before: dict                                       # scores
+    asked_before: list[dict]                           # probes, with what was said
+    after: dict
+    asked_after: list[dict]
+    untouched: dict                                    # `recover` of the untouched model
+    stages: list[dict] = field(default_factory=list)   # scores after each stage
+    records: list[dict] = field(default_factory=list)  # log.jsonl
+    seconds: float = 0.0
+    ended: bool = False                                # before the last stage, by `stop_at`
+
+
 def run(config: Config) -> dict:
     """One run of Sec. 4.3, from weights to what is saved in `config.out`, a folder that is there.
 
@@ -440,55 +471,80 @@ def run(config: Config) -> dict:
     """
     out, began = Path(config.out), time.perf_counter()
     work = load(config)
-
-    def score(ask_first: str) -> tuple[dict, list[dict]]:
-        """evaluate.evaluate and the `seconds` that it took."""
-        began = time.perf_counter()
-        scores, asked = evaluate.evaluate(work.llm, work.tokenizer, work.probes, config.eval_batch, ask_first,
-                                          bf16=config.bf16)
-        return scores | {"seconds": time.perf_counter() - began}, asked
-
-    before, asked_before = score("")
-    print(evaluate.table({"before": before}), flush=True)
-    untouched = recover(work, config) if config.method != "atu" else {}
     state, records = begin(work, config)
-    stages, steps, after, asked_after, stopped = [], [], before, asked_before, None
+    checkpoints = Checkpoints(out / "checkpoint.safetensors", work.corpus, config)
+    progress = checkpoints.restore(state) or untouched_scores(work, config)
+    began -= progress.seconds
+    data.write_text(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in progress.records))
+    stopped = None
     try:
-        for record in records:
+        for record in () if progress.ended else records:
+            progress.records.append(record)
             with open(out / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
             print(line(record), flush=True)
-            if record["kind"] != "stage":
-                steps.append(record)
-            elif record["stage"] == 0:
-                untouched = record  # the first alignment is what `recover` does
-            else:
-                after, asked_after = score(work.ask_first)
-                stages.append(after | {"record": record})
-                print(evaluate.table({stage_name(record): after}), flush=True)
-                left = after["forget_all"] / before["forget_all"] if before.get("forget_all") else 1.0
-                if config.stop_at and left <= config.stop_at:
-                    break
-                if left <= 0.5 and not any("recovery" in stage for stage in stages):
-                    stages[-1]["recovery"] = pairs(untouched, recover(work, config))
+            if record["kind"] == "stage":
+                end_stage(record, work, progress, config)
+            progress.seconds = time.perf_counter() - began
+            checkpoints.save(state, progress, at_once=record["kind"] == "stage")
+            if progress.ended:
+                break
     except atu.NotFinite as error:
         stopped = str(error)
         print(f"stopped | {stopped}; the weights before that step are kept", flush=True)
-        after, asked_after = score(work.ask_first)
+        progress.after, progress.asked_after = score(work, work.ask_first, config)
+    checkpoints.wait()
+    return finish(out, work, state, progress, stopped, began, config)
 
+
+def untouched_scores(work: Work, config: Config) -> Progress:
+    """What a run begins with."""
+    before, asked = score(work, "", config)
+    print(evaluate.table({"before": before}), flush=True)
+    return Progress(before, asked, before, asked, recover(work, config) if config.method != "atu" else {})
+
+
+def end_stage(record: dict, work: Work, progress: Progress, config: Config) -> None:
+    """Scores after a stage, and recovery at the first that has brought the forget score to half."""
+    if record["stage"] == 0:
+        progress.untouched = record  # the first alignment is what `recover` does
+        return
+    before, stages = progress.before, progress.stages
+    progress.after, progress.asked_after = score(work, work.ask_first, config)
+    stages.append(progress.after | {"record": record})
+    print(evaluate.table({stage_name(record): progress.after}), flush=True)
+    left = progress.after["forget_all"] / before["forget_all"] if before.get("forget_all") else 1.0
+    progress.ended = left <= config.stop_at and config.stop_at > 0
+    if left <= 0.5 and not progress.ended and not any("recovery" in stage for stage in stages):
+        stages[-1]["recovery"] = pairs(progress.untouched, recover(work, config))
+
+
+def finish(out: Path, work: Work, state: atu.State, progress: Progress, stopped: str | None, began: float,
+           config: Config) -> dict:
+    """Everything that a run leaves behind. Returns what results.json holds."""
     if config.lora:
         work = work._replace(llm=work.llm.merge_and_unload())
     save(out, work, state.head, config)
+    before, stages, untouched = progress.before, progress.stages, progress.untouched
     if stages and not stopped and "recovery" not in stages[-1]:
         stages[-1]["recovery"] = pairs(untouched, untouched if config.method == "icu" else recover(work, config))
     results = {"target": work.target, "settings": dataclasses.asdict(config), "versions": versions(config.device),
-               "seed": config.seed, "before": before, "stages": stages, "after": after, "levels": levels(stages),
-               "recovery": stages[-1]["recovery"] if stages and not stopped else {}, "stopped": stopped,
-               "seconds": time.perf_counter() - began}
+               "seed": config.seed, "before": before, "stages": stages, "after": progress.after,
+               "levels": levels(stages), "recovery": stages[-1]["recovery"] if stages and not stopped else {},
+               "stopped": stopped, "seconds": time.perf_counter() - began}
+    evaluate.plot(out / "curves.png", panels(before, stages, [r for r in progress.records if r["kind"] != "stage"]))
     data.write_json(out / "results.json", results)
-    evaluate.plot(out / "curves.png", panels(before, stages, steps))
-    report(results, asked_before, asked_after, out)
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    report(results, progress.asked_before, progress.asked_after, out)
     return results
+
+
+def score(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]:
+    """evaluate.evaluate and the `seconds` that it took."""
+    began = time.perf_counter()
+    scores, asked = evaluate.evaluate(work.llm, work.tokenizer, work.probes, config.eval_batch, ask_first,
+                                      bf16=config.bf16)
+    return scores | {"seconds": time.perf_counter() - began}, asked
 
 
 def recover(work: Work, config: Config) -> dict:
@@ -501,67 +557,211 @@ def pairs(untouched: dict, unlearned: dict) -> dict:
     return {key: {"untouched": untouched[key], "unlearned": value} for key, value in unlearned.items()}
 
 
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+class Checkpoints:
+    """The last state of a run in one file of tensors, replaced whole, written while the run goes on."""
+
+    def __init__(self, file: Path, corpus: data.Corpus, config: Config):
+        self.file, self.every, self.last = file, config.save_every, time.perf_counter()
+        self.writer, self.written = ThreadPoolExecutor(1), None
+        settings = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()
+                    if name not in FREE}
+        read = hashlib.sha256(corpus.input_ids.numpy().tobytes()).hexdigest()[:8]
+        self.of = json.loads(json.dumps(settings | {"text or tokenizer": read}))
+
+    def save(self, state: atu.State, progress: Progress, at_once: bool) -> None:
+        """Every `save_every` seconds, or `at_once`. Raises data.BadInput where the one before could not be written."""
+        if not at_once and time.perf_counter() - self.last < self.every:
+            return
+        self.wait()
+        tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors_of(state).items()}
+        rest = {name: getattr(state, name) for name in ("stage", "aligning", "done", "recent", "step", "tokens",
+                                                        "began", "record")}
+        found = {"of": self.of, "state": rest, "progress": dataclasses.asdict(progress)}
+        self.written = self.writer.submit(write_checkpoint, self.file, tensors, json.dumps(found))
+        self.last = time.perf_counter()
+
+    def wait(self) -> None:
+        """Until the last one is on the disk. Raises data.BadInput where it could not be written."""
+        if self.written:
+            self.written.result()
+
+    def restore(self, state: atu.State) -> Progress | None:
+        """The saved run's progress, its state put into `state`; None where nothing is saved. Raises data.BadInput."""
+        if not self.file.exists():
+            return None
+        tensors, found = read_checkpoint(self.file)
+        for name, value in self.of.items():
+            if found["of"].get(name) != value:
+                raise data.BadInput(f"{self.file}: of a run with another {name} ({found['of'].get(name)}, not {value}); "
+                                    "name another folder with --out")
+        put_tensors(state, tensors)
+        for name, value in found["state"].items():
+            setattr(state, name, value)
+        progress = Progress(**found["progress"])
+        print(f"resumed | stage {state.stage} | step {state.step} | {progress.seconds:.0f} s so far", flush=True)
+        return progress
+
+
+def tensors_of(state: atu.State) -> dict[str, Tensor]:
+    """All tensors that change during a run, by name."""
+    tensors = {"generator": state.generator.get_state()}
+    for part in ("llm", "head"):
+        module = getattr(state, part)
+        if module is not None:
+            moving = {n: p for n, p in module.named_parameters() if p.requires_grad or part == "head"}
+            tensors |= {f"{part}.{name}": value for name, value in moving.items()}
+    for part in ("llm_optimizer", "head_optimizer"):
+        optimizer = getattr(state, part)
+        if optimizer is not None:
+            tensors |= {f"{part}.{n}.{key}": value for n, found in optimizer.state_dict()["state"].items()
+                        for key, value in found.items() if value is not None}
+    return tensors
+
+
+def put_tensors(state: atu.State, tensors: dict[str, Tensor]) -> None:
+    """What `tensors_of` gave, back into a state of the same run."""
+    state.generator.set_state(tensors["generator"])
+    for part in ("llm", "head"):
+        if getattr(state, part) is not None:
+            with torch.no_grad():
+                for name, value in getattr(state, part).named_parameters():
+                    if f"{part}.{name}" in tensors:
+                        value.copy_(tensors[f"{part}.{name}"])
+    for part in ("llm_optimizer", "head_optimizer"):
+        optimizer = getattr(state, part)
+        if optimizer is not None:
+            found = {}
+            for name, value in tensors.items():
+                if name.startswith(f"{part}."):
+                    _, n, key = name.split(".")
+                    found.setdefault(int(n), {})[key] = value
+            optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_checkpoint(file: Path, tensors: dict[str, Tensor], found: str) -> None:
+    """One file, whole and on the disk, or the one that was there. Raises data.BadInput."""
+    partial = file.with_name(f".{file.name}")
+    try:
+        save_file(tensors, partial, metadata={"found": found, "sha256": checksum(tensors, found)})
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise data.BadInput(f"{file}: cannot be written ({getattr(error, 'strerror', None) or error}); the last one is "
+                            "whole: make room and go on with --resume") from error
+
+
+def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, what else was found). Raises data.BadInput where the file is damaged, or no checkpoint."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors, about = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise data.BadInput(f"{file}: damaged checkpoint ({error}); delete it to begin again") from error
+    if not {"found", "sha256"} <= set(about):
+        raise data.BadInput(f"{file}: not a checkpoint of train.py; name another folder with --out")
+    if about["sha256"] != checksum(tensors, about["found"]):
+        raise data.BadInput(f"{file}: damaged checkpoint (its checksum is another); delete it to begin again")
+    return tensors, json.loads(about["found"])
+
+
+def checksum(tensors: dict[str, Tensor], found: str) -> str:
+    """sha256 of all names and bytes."""
+    key = hashlib.sha256(found.encode())
+    for name, value in sorted(tensors.items()):
+        key.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return key.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- methods on tokens
+
 def begin(work: Work, config: Config):
-    """(state, generator of records): the method's own."""
+    """(state, generator of records): the method's own. The model is the untouched one."""
     if config.method == "atu":
-        state = atu.start(work.llm, work.corpus.table.shape[1], config)
+        state = atu.start(work.llm, work.corpus, config)
         return state, atu.align_then_unlearn(state, work.concept, work.corpus, config)
-    generator = torch.Generator().manual_seed(config.seed)
+    state = atu.State(work.llm, None, None, None, torch.Generator().manual_seed(config.seed), stage=1)
     if config.method == "icu":
-        nothing = {"kind": "stage", "stage": 1, "tau": None, "steps": 0, "seconds": 0.0, "tokens": 0}
-        return atu.State(work.llm, None, None, None, generator), iter([nothing])
+        return state, no_training(state)
     if not config.lora:
         work.llm.requires_grad_(True)
-    state = atu.State(work.llm, None, atu.llm_optimizer(work.llm, config), None, generator)
-    return state, unlearn_tokens(state, work.forget, work.corpus, config)
+    state.llm_optimizer = atu.llm_optimizer(work.llm, config)
+    reference = []
+    if config.method in ("npo", "dpo"):  # π_ref(y | x) never changes: computed once
+        reference = [reference_log_probs(work.llm, *texts, config) for texts in work.forget]
+    ask = original_logits(work.llm, config) if config.retain == "kl" else None
+    return state, unlearn_tokens(state, work.forget, reference, work.corpus, ask, config)
 
 
-def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], corpus: data.Corpus, config: Config):
+def no_training(state: atu.State):
+    """The one stage of icu."""
+    if state.stage == 1:
+        state.next_stage()
+        yield {"kind": "stage", "stage": 1, "tau": None, "steps": 0, "seconds": 0.0, "tokens": 0}
+
+
+def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], reference: list[Tensor], corpus: data.Corpus,
+                   ask, config: Config):
     """GA, NPO, DPO, RT (Appendix A.2), as RWKU trains them: AdamW, warm-up and cosine, passes over the shuffled texts.
 
-    forget: token ids and mask (N, T) each; in dpo the made-up answers, then the true ones. Other texts, for `retain`,
-    are those of the corpus that are not about the target. Yields records as `atu.align_then_unlearn` does; a stage is
+    forget: token ids and mask (N, T) each; in dpo the made-up answers, then the true ones. reference: for npo and dpo
+    π_ref's log-likelihood of each, (N,). Other texts, for `retain`, are those of the corpus that are not about the
+    target; with kl `ask` gives their `original_logits`. Yields records as `atu.align_then_unlearn` does; a stage is
     `unlearn_steps` steps, or (0) one pass over the texts.
     """
-    llm, device, reference = state.llm, state.llm.device, []
-    kept = [(corpus.input_ids[~corpus.about], corpus.mask[~corpus.about])]
-    if config.method in ("npo", "dpo"):  # π_ref(y | x) never changes: computed once
-        reference = [reference_log_probs(llm, *texts, config).to(device) for texts in forget]
-    if config.retain == "kl" and not config.lora:
-        frozen = evaluate.speaker(llm, torch.bfloat16 if config.bf16 else torch.float32, frozen=True)
+    llm, device = state.llm, state.llm.device
+    kept_ids, kept_mask = corpus.input_ids[~corpus.about], corpus.mask[~corpus.about]
     count = config.unlearn_steps or math.ceil(len(forget[0][0]) / config.batch)
-    schedule = get_cosine_schedule_with_warmup(state.llm_optimizer, config.warmup, config.stages * count)
-    for state.stage in range(1, config.stages + 1):
-        began, tokens = time.perf_counter(), state.tokens
-        for n in range(1, count + 1):
-            rows = shuffled_rows(state.step, len(forget[0][0]), config.batch, config.seed)  # (B,)
+    for group in state.llm_optimizer.param_groups:
+        group["initial_lr"] = config.llm_lr
+    schedule = get_cosine_schedule_with_warmup(state.llm_optimizer, config.warmup, config.stages * count,
+                                               last_epoch=state.step - 1)
+    while state.stage <= config.stages:
+        began = time.perf_counter()
+        while state.done < count:
+            rows = shuffled_rows(state.step, len(forget[0][0]), config.batch, config.seed)      # (B,)
             batches = [(ids[rows].to(device), mask[rows].to(device)) for ids, mask in forget]
-            before = [logp[rows.to(device)] for logp in reference]                          # each (B,)
+            before = [logp[rows].to(device) for logp in reference]                              # each (B,)
             loss = token_loss([(logits(llm, ids, config), ids, mask) for ids, mask in batches], before, config)
 
             held = torch.zeros_like(loss)
             if config.retain != "none":
-                rows = shuffled_rows(state.step, len(kept[0][0]), config.batch, config.seed)  # (B,)
-                ids, mask = (part[rows].to(device) for part in kept[0])                     # (B, T) each
-                now = logits(llm, ids, config)                                              # (B, T, V)
-                if config.retain == "nll":
-                    held = losses.likelihood_loss(now, ids, mask)
-                else:
-                    with torch.no_grad(), llm.disable_adapter() if config.lora else nullcontext():
-                        held_to = logits(llm if config.lora else frozen, ids, config)       # (B, T, V)
-                    held = losses.kl_loss(now, held_to, mask)
+                rows = shuffled_rows(state.step, len(kept_ids), config.batch, config.seed)      # (B,)
+                ids, mask = kept_ids[rows].to(device), kept_mask[rows].to(device)               # (B, T) each
+                now = logits(llm, ids, config)                                                  # (B, T, V)
+                held = losses.kl_loss(now, ask(ids), mask) if ask else losses.likelihood_loss(now, ids, mask)
                 state.tokens += int(mask.sum())
             atu.optimize(loss + config.retain_weight * held, state.llm_optimizer, config.clip)
             schedule.step()
 
-            state.step += 1
+            state.done, state.step = state.done + 1, state.step + 1
             state.tokens += sum(int(mask.sum()) for _, mask in batches)
-            if n % config.log_every == 0 or n == count:
+            if state.done % config.log_every == 0 or state.done == count:
+                state.record = {"unlearn_loss": loss.item(), "retain_loss": held.item()}
                 yield {"kind": "unlearn", "stage": state.stage, "step": state.step, "loss": loss.item(),
                        "retain": held.item()}
         state.llm_optimizer.zero_grad()  # frees the gradients' memory
-        yield {"kind": "stage", "stage": state.stage, "tau": None, "steps": count, "unlearn_loss": loss.item(),
-               "retain_loss": held.item(), "seconds": time.perf_counter() - began, "tokens": state.tokens - tokens}
+        record = {"kind": "stage", "stage": state.stage, "tau": None, "steps": count, **state.record,
+                  "seconds": time.perf_counter() - began, "tokens": state.tokens - state.began[1]}
+        state.done = 0
+        state.next_stage()
+        yield record
+
+
+def original_logits(llm, config: Config):
+    """What gives the logits of the model as it is now, (B, T) -> (B, T, V), also when it has changed: a frozen copy,
+    or the model without its adapters."""
+    frozen = llm if config.lora else evaluate.speaker(
+        llm, torch.bfloat16 if config.bf16 else torch.float32, frozen=True)
+
+    def ask(input_ids: Tensor) -> Tensor:
+        with torch.no_grad(), llm.disable_adapter() if config.lora else nullcontext():
+            return logits(frozen, input_ids, config)
+
+    return ask
 
 
 def token_loss(batches: list[tuple[Tensor, Tensor, Tensor]], reference: list[Tensor], config: Config) -> Tensor:
@@ -598,6 +798,8 @@ def shuffled_rows(step: int, count: int, batch: int, seed: int) -> Tensor:
     return order.split(batch)[place]
 
 
+# ---------------------------------------------------------------------------------------------- what is shown and kept
+
 def line(record: dict) -> str:
     """A record as one line that greps: `unlearn | stage 1 | tau 0.5 | step 310 | loss 0.0512 | ...`."""
     shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
@@ -631,6 +833,7 @@ def save(out: Path, work: Work, head, config: Config) -> None:
         partial = out / ".model"
         work.llm.save_pretrained(partial)
         work.tokenizer.save_pretrained(partial)
+        shutil.rmtree(out / "model", ignore_errors=True)  # of a run that was cut off here
         partial.rename(out / "model")
     if head is not None:
         save_file({name: value.contiguous() for name, value in head.state_dict().items()}, out / ".head")
@@ -706,8 +909,14 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Exit code 0: done; 1: stopped by a loss that is not finite; 2: bad input or out of memory."""
     try:
         config = parse(argv)
-        with claimed(Path(config.out)):
+        with claimed(Path(config.out), config.resume):
+            if (Path(config.out) / "results.json").exists():
+                print(f"resumed | {config.out}: finished already")
+                return 0
             return 1 if run(config)["stopped"] else 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
     except data.BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -53,7 +53,7 @@ def test_padding_on_the_right_reaches_no_real_position(llm):
 
 
 def test_alignment_moves_the_head_alone_and_raises_the_cosine(llm, corpus):
-    state = atu.start(llm, corpus.table.shape[1], CONFIG)
+    state = atu.start(llm, corpus, CONFIG)
     hidden = atu.cached_hidden_states(llm, corpus.input_ids, CONFIG)
     before_llm, before_head = weights(llm), weights(state.head)
     records = run(atu.align(state, corpus, hidden, 60, CONFIG))
@@ -65,7 +65,7 @@ def test_alignment_moves_the_head_alone_and_raises_the_cosine(llm, corpus):
 @pytest.mark.parametrize("train_embeddings", [False, True])
 def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corpus, concept, train_embeddings):
     config = dataclasses.replace(CONFIG, train_embeddings=train_embeddings)
-    state = atu.start(llm, corpus.table.shape[1], config)
+    state = atu.start(llm, corpus, config)
     hidden = atu.cached_hidden_states(llm, corpus.input_ids, config)
     run(atu.align(state, corpus, hidden, 40, config))
     state.head.zero_grad()
@@ -84,7 +84,7 @@ def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corp
 
 def test_below_the_margin_nothing_moves_and_the_stage_ends_early(llm, corpus, concept):
     config = dataclasses.replace(CONFIG, retain_weight=0.0, patience=3)
-    state = atu.start(llm, corpus.table.shape[1], config)
+    state = atu.start(llm, corpus, config)
     hidden = atu.cached_hidden_states(llm, corpus.input_ids, config)
     before = weights(llm)
     records = run(atu.unlearn(state, concept, corpus, hidden, 1.0, config))
@@ -96,7 +96,7 @@ def test_the_retain_term_holds_the_other_texts(corpus, concept):
     drift = {}
     for weight in (0.0, 100.0):
         llm, config = make_llm(), dataclasses.replace(CONFIG, retain_weight=weight)
-        state = atu.start(llm, corpus.table.shape[1], config)
+        state = atu.start(llm, corpus, config)
         original = atu.cached_hidden_states(llm, corpus.input_ids, config)
         run(atu.unlearn(state, concept, corpus, original, -1.0, config))
         now = atu.cached_hidden_states(llm, corpus.input_ids, config)
@@ -108,7 +108,7 @@ def test_the_retain_batch_is_drawn_from_the_other_texts(llm, corpus, concept, mo
     asked = []
     monkeypatch.setattr(atu, "draw", lambda rows, batch, generator: (asked.append((rows.tolist(), batch)), rows[:batch])[1])
     config = dataclasses.replace(CONFIG, unlearn_steps=1)
-    state = atu.start(llm, corpus.table.shape[1], config)
+    state = atu.start(llm, corpus, config)
     run(atu.unlearn(state, concept, corpus, atu.cached_hidden_states(llm, corpus.input_ids, config), -1.0, config))
     assert asked == [(corpus.about.nonzero()[:, 0].tolist(), 4), ((~corpus.about).nonzero()[:, 0].tolist(), 4)]
 
@@ -119,14 +119,14 @@ def test_with_weight_zero_the_other_texts_are_not_touched(llm, corpus, concept):
     results = []
     for texts in (corpus, spoilt):
         model = copy.deepcopy(llm)
-        state = atu.start(model, corpus.table.shape[1], config)
+        state = atu.start(model, corpus, config)
         run(atu.unlearn(state, concept, texts, torch.zeros(1), -1.0, config))
         results.append(weights(model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_the_alternation_and_its_records(llm, corpus, concept):
-    state = atu.start(llm, corpus.table.shape[1], CONFIG)
+    state = atu.start(llm, corpus, CONFIG)
     records = run(atu.align_then_unlearn(state, concept, corpus, CONFIG))
     stages = [record for record in records if record["kind"] == "stage"]
     assert [stage["tau"] for stage in stages] == [None, 0.0, -0.2]
@@ -141,7 +141,7 @@ def test_same_seed_same_weights(corpus, concept):
     results = []
     for seed in (3, 3, 4):
         llm, config = make_llm(), dataclasses.replace(CONFIG, seed=seed, align_steps=5, unlearn_steps=3)
-        state = atu.start(llm, corpus.table.shape[1], config)
+        state = atu.start(llm, corpus, config)
         run(atu.align_then_unlearn(state, concept, corpus, config))
         results.append({**weights(llm), **weights(state.head)})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -150,7 +150,7 @@ def test_same_seed_same_weights(corpus, concept):
 
 def test_recovery_of_the_untouched_model_is_the_first_alignment(llm, corpus, concept):
     before = weights(llm)
-    state = atu.start(llm, corpus.table.shape[1], CONFIG)
+    state = atu.start(llm, corpus, CONFIG)
     first = next(r for r in atu.align_then_unlearn(state, concept, corpus, CONFIG) if r["kind"] == "stage")
     found = atu.recovery(llm, concept, corpus, CONFIG)
     assert all(found[key] == first[key] for key in found)
@@ -158,7 +158,7 @@ def test_recovery_of_the_untouched_model_is_the_first_alignment(llm, corpus, con
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(llm, corpus, concept):
-    state = atu.start(llm, corpus.table.shape[1], CONFIG)
+    state = atu.start(llm, corpus, CONFIG)
     original = atu.cached_hidden_states(llm, corpus.input_ids, CONFIG)
     before = weights(llm)
     with pytest.raises(atu.NotFinite):

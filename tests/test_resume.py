@@ -1,0 +1,152 @@
+"""A run that is cut off anywhere goes on as if nothing had happened; what is on the disk is whole, or named."""
+
+import errno
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+import train
+
+RUN = "--preset smol --device cpu --length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --batch 4 --align-steps 6 --stop-at 0 " \
+      "--log-every 1 --llm-lr 1e-3 --save-every 0".split()
+ATU = [*RUN, *"--realign-steps 3 --unlearn-steps 4 --taus 0.2 -0.5".split()]
+TOKENS = [*RUN, *"--unlearn-steps 3 --stages 2 --warmup 2".split()]
+METHODS = {"atu": ATU, "atu by SGD": [*ATU, "--optimizer", "sgd", "--retain-weight", "0"], "atu by adapters": [*ATU, "--lora", "2"],
+           "ga": [*TOKENS, "--method", "ga", "--retain", "nll"], "npo": [*TOKENS, "--method", "npo", "--retain", "kl", "--lora", "2"],
+           "dpo": [*TOKENS, "--method", "dpo", "--retain", "kl"], "icu": [*RUN[:-4], "--save-every", "0", "--method", "icu"]}
+
+
+@pytest.fixture
+def words(folders):
+    return ["--target", "Ada Lark", "--model", str(folders["llm"]), "--encoder", str(folders["encoder"]), "--rwku", str(folders["rwku"])]
+
+
+def left(out: Path) -> dict:
+    """All that a run leaves, apart from times."""
+    def timeless(value):
+        if isinstance(value, dict):
+            return {name: timeless(part) for name, part in value.items() if name not in ("seconds", "out", "resume")}
+        return [timeless(part) for part in value] if isinstance(value, list) else value
+
+    found = {"results": timeless(json.loads((out / "results.json").read_text())),
+             "log": [timeless(json.loads(text)) for text in (out / "log.jsonl").read_text().splitlines()]}
+    for file in out.rglob("*.safetensors"):
+        found |= {f"{file.relative_to(out)} {name}": value.tolist() for name, value in load_file(file).items()}
+    return found
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_cut_off_after_any_checkpoint_ends_as_if_it_had_not_been(words, tmp_path, monkeypatch, method):
+    flags = [*words, *METHODS[method]]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    real, saves = train.Checkpoints.save, []
+
+    def save(self, *a, **k):
+        real(self, *a, **k)
+        self.wait()
+        saves.append(1)
+        raise Killed
+
+    out = str(tmp_path / "cut")
+    monkeypatch.setattr(train.Checkpoints, "save", save)
+    for _ in range(100):  # each time one record further
+        try:
+            assert train.main([*flags, "--out", out, "--resume"]) == 0
+            break
+        except Killed:
+            assert not (tmp_path / "cut" / "results.json").exists()
+    records = len((tmp_path / "whole" / "log.jsonl").read_text().splitlines())
+    assert len(saves) == records and left(tmp_path / "cut") == left(tmp_path / "whole")
+    assert {file.name for file in (tmp_path / "cut").iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
+    assert train.main([*flags, "--out", out, "--resume"]) == 0 and len(saves) == records  # nothing more to do
+
+
+def start(flags: list[str]) -> None:
+    torch.set_num_threads(1)
+    raise SystemExit(train.main(flags))
+
+
+def test_a_run_killed_at_random_goes_on(words, tmp_path):
+    flags = [*words, *ATU, "--no-recovery"]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train", "transformers", "sentence_transformers", "matplotlib.pyplot"])
+
+    def go(out: str, until: float | None = None) -> int:
+        child = server.Process(target=start, args=([*flags, "--out", str(tmp_path / out), "--resume"],))
+        child.start()
+        child.join(until)
+        child.kill()
+        child.join()
+        return child.exitcode
+
+    went, began = random.Random(0), time.perf_counter()
+    assert go("whole") == 0
+    took, kills = time.perf_counter() - began, 0
+    while kills < KILLS and go("cut", went.uniform(0, took)) != 0:
+        kills += 1
+    assert go("cut") == 0 and left(tmp_path / "cut") == left(tmp_path / "whole")
+
+
+KILLS = 8
+
+
+def test_a_second_run_in_the_same_folder_is_refused(words, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert train.main([*words, *ATU, "--out", str(tmp_path / "run")]) == 2
+    assert "another run is at work there" in capsys.readouterr().err
+
+
+def cut_off(flags, monkeypatch):
+    with monkeypatch.context() as patch:
+        real = train.Checkpoints.save
+        patch.setattr(train.Checkpoints, "save", lambda self, *a, **k: real(self, *a, **k) or self.wait() or (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train.main(flags)
+
+
+@pytest.mark.parametrize("damage, flags, message", [
+    (lambda file: file.write_bytes(file.read_bytes()[:-9]), "", "damaged checkpoint"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])), "", "checksum is another"),
+    (lambda file: save_file({"a": torch.zeros(1)}, file), "", "not a checkpoint"),
+    (lambda file: None, "--seed 7", "another --seed (0, not 7)"), (lambda file: None, "--length 20", "another --length")])
+def test_a_damaged_or_foreign_checkpoint_is_named(words, tmp_path, capsys, monkeypatch, damage, flags, message):
+    flags = [*words, *ATU, *flags.split(), "--out", str(tmp_path / "run")]
+    cut_off([*words, *ATU, "--out", str(tmp_path / "run")], monkeypatch)
+    damage(tmp_path / "run" / "checkpoint.safetensors")
+    before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    assert train.main([*flags, "--resume"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "checkpoint.safetensors" in error and message in error
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(words, tmp_path, capsys, monkeypatch):
+    flags = [*words, *ATU, "--out", str(tmp_path / "run"), "--resume"]
+    assert train.main([*words, *ATU, "--out", str(tmp_path / "whole")]) == 0
+    calls, real = [], train.save_file
+
+    def full(tensors, file, metadata=None):
+        calls.append(1)
+        if len(calls) == 4:
+            Path(file).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, file, metadata=metadata)
+
+    monkeypatch.setattr(train, "save_file", full)
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in error and "--resume" in error
+    assert [file.name for file in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint.safetensors"]
+    assert train.main(flags) == 0 and left(tmp_path / "run") == left(tmp_path / "whole")

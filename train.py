@@ -120,7 +120,7 @@ TOKENS = {
              "npo": (2e-6, 16, 3), "npo lora": (5e-5, 16, 3), "dpo": (5e-6, 8, 3), "dpo lora": (6e-5, 8, 3),
              "rt": (4e-7, 8, 3), "rt lora": (3e-5, 8, 3)},
     "smol": {"ga": (1.5e-5, 8, 12), "ga lora": (3e-4, 8, 12), "ga*": (1.5e-5, 8, 12), "ga* lora": (3e-4, 8, 12),
-             "npo": (5e-5, 8, 12), "npo lora": (1e-3, 8, 12), "dpo": (5e-5, 8, 6), "dpo lora": (1e-3, 8, 6),
+             "npo": (5e-5, 8, 12), "npo lora": (1e-3, 8, 12), "dpo": (1.5e-4, 8, 6), "dpo lora": (1e-3, 8, 6),
              "rt": (5e-5, 8, 12), "rt lora": (1e-3, 8, 12)},
 }
 TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 6, "warmup": 5}}

@@ -28,14 +28,14 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class State:
-    """All that changes during a run. Every function here updates it in place, and each can go on from it anywhere."""
+    """All that changes during a run: `align`, `unlearn`, `align_then_unlearn` update it and go on from it anywhere."""
 
     llm: nn.Module
     head: EmbeddingHead | None  # the methods on tokens have none
     llm_optimizer: torch.optim.Optimizer | None
     head_optimizer: torch.optim.Optimizer | None
     generator: torch.Generator  # draws the batches
-    original: Tensor | None = None  # (N, T, D) hidden states before unlearning; of all this the one that never changes
+    original: Tensor | None = None  # (N, T, D) hidden states before unlearning, as long as they are needed
     stage: int = 0              # 0 is the first alignment, s the s-th tau
     aligning: bool = False      # in a stage, E is aligned after M has been unlearned
     done: int = 0               # steps of the alignment or unlearning under way
@@ -127,6 +127,7 @@ def align(state: State, corpus, hidden: Tensor, steps: int, config):
         with autocast(state.llm, config):
             predicted = state.head(hidden[rows.to(hidden.device)])                      # (B, T, E)
         loss = alignment_loss(predicted.float(), reference, valid)
+        # θ_E ← θ_E - η ∇L_align
         optimize(loss, state.head_optimizer, config.clip)
 
         state.done, state.step = state.done + 1, state.step + 1
@@ -137,11 +138,11 @@ def align(state: State, corpus, hidden: Tensor, steps: int, config):
     state.done = 0
 
 
-def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float, config):
-    """Eq. 4: θ_M* = argmin E[L_unlearn]. E is frozen; only blocks 1..layer of M run, and only they move.
+def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
+    """Eq. 4: θ_M* = argmin E[L_unlearn]. E is frozen; only blocks 1..layer of M run.
 
-    concept: (E,). original: (N, T, D) hidden states before unlearning, for the retain term on the texts that are not
-    about the concept (not in the paper; with `retain_weight` 0 they are not touched, and `original` may be None).
+    concept: (E,). The retain term (not in the paper) holds the texts that are not about the concept to
+    `state.original`; with `retain_weight` 0 neither is touched, and that may be None.
     Ends when at most `inactive` of the positions of the last `patience` batches were above the margin, or after
     `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
     Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, patience.
@@ -166,8 +167,10 @@ def unlearn(state: State, concept: Tensor, corpus, original: Tensor, tau: float,
             kept = draw(others, config.batch, state.generator)                                      # (B,)
             with autocast(state.llm, config):
                 hidden = hidden_states(state.llm, corpus.input_ids[kept].to(device), config.layer)  # (B, T, D)
-            drift = retain_loss(hidden.float(), original[kept.to(device)].float(), corpus.mask[kept].to(device))
+            original = state.original[kept.to(device)].float()                                      # (B, T, D)
+            drift = retain_loss(hidden.float(), original, corpus.mask[kept].to(device))
             state.tokens += int(corpus.mask[kept].sum())
+        # θ_M ← θ_M - η ∇(L_unlearn + w L_retain)
         optimize(forget + config.retain_weight * drift, state.llm_optimizer, config.clip)
 
         state.done, state.step = state.done + 1, state.step + 1
@@ -201,7 +204,7 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
         if state.stage:
             tau, steps = config.taus[state.stage - 1], config.realign_steps
             if not state.aligning:
-                yield from unlearn(state, concept, corpus, state.original, tau, config)
+                yield from unlearn(state, concept, corpus, tau, config)
             state.aligning = True
             hidden = cached_hidden_states(state.llm, corpus.input_ids, config)                      # (N, T, D)
         yield from align(state, corpus, hidden, steps, config)

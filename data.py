@@ -74,7 +74,8 @@ def _example(value) -> bool:
 def _mc1(value) -> bool:
     """Whether this holds TruthfulQA's choices, and labels of which one is 1 and another is not."""
     choices, labels = (value.get("choices"), value.get("labels")) if isinstance(value, dict) else (None, None)
-    return _texts(choices) and isinstance(labels, list) and len(labels) == len(choices) and {*labels} == {0, 1}
+    return (_texts(choices) and isinstance(labels, list) and len(labels) == len(choices)
+            and all(label in (0, 1) for label in labels) and 0 in labels and 1 in labels)
 
 
 # The fields that each of RWKU's files must have to be of use here, and what they hold.
@@ -113,7 +114,8 @@ def out_of_memory(lower: str):
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "not enough memory" not in str(error):
+        said = re.search("can't allocate memory|not enough memory", str(error))  # a CPU's, by PyTorch's version
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not said:
             raise
         raise BadInput(f"out of memory; lower {lower}") from error
 
@@ -125,7 +127,7 @@ def loading(name: str):
     logging.set_verbosity_error()  # its retries without a network would be twenty lines
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{name}: cannot be loaded ({first}); name a local folder or a reachable hub id, "
                        "or, for train.py, use --preset smol, whose weights need no hub") from error
@@ -271,6 +273,8 @@ def targets(root: Path) -> dict[str, tuple[str, Path]]:
 
 def find_target(root: Path, name: str) -> str:
     """The target's own spelling, found without regard to case. Raises BadInput with near names."""
+    if not name.strip():
+        raise BadInput("--target: empty; name a person, or any concept")
     if not _is_name(name):
         raise BadInput(f"--target {name!r}: this is a path, not a name")
     known = {target.casefold(): target for target in targets(root)}
@@ -358,15 +362,19 @@ def check_writable(file: Path, flag: str) -> None:
 
 
 def write_json(file: Path, content) -> None:
-    """JSON, written whole or not at all."""
+    """JSON, written whole or not at all. Raises BadInput where it cannot be."""
     write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
-    """A text file, written whole or not at all."""
+    """A text file, written whole or not at all. Raises BadInput where it cannot be."""
     partial = file.with_name(f".{file.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BadInput(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:

@@ -117,14 +117,9 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
         past, last = out.past_key_values, out.last_hidden_state[:, -1:]                                 # (B, 1, D)
 
         if golds:
-            tails = [tokenizer(f" {golds[i]}", add_special_tokens=False)["input_ids"] for i in rows]
-            tail = padded(tails, tokenizer, llm.device)                                                 # (B, G)
-            places = mask.sum(1, keepdim=True) + torch.arange(tail.shape[1], device=llm.device)         # (B, G)
-            hidden = decoder(input_ids=tail, attention_mask=torch.cat([mask, torch.ones_like(tail)], 1), use_cache=True,
-                             position_ids=places, past_key_values=past).last_hidden_state               # (B, G, D)
-            past.crop(-tail.shape[1])
-            for i, states, gold in zip(rows, torch.cat([last, hidden], 1), tails):
-                likely[i] = of_tokens(llm, states[:len(gold)], gold).mean().exp().item()
+            found = likelihoods_after(llm, tokenizer, [f" {golds[i]}" for i in rows], mask, past, last)
+            for i, value in zip(rows, found):
+                likely[i] = value
 
         ended = torch.zeros(len(rows), dtype=torch.bool, device=llm.device)
         for n in range(tokens):
@@ -144,6 +139,20 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
                            past_key_values=past, use_cache=True).last_hidden_state                      # (B, 1, D)
     tokenizer.padding_side = side
     return [tokenizer.decode(row, skip_special_tokens=True) for row in said], likely
+
+
+def likelihoods_after(llm, tokenizer, texts: list[str], mask: Tensor, past, last: Tensor) -> list[float]:
+    """The probability of each text after its prompt, whose mask (B, P), cache and last hidden state (B, 1, D) these
+    are: the geometric mean over its tokens. The cache is left as it was."""
+    tails = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    tail = padded(tails, tokenizer, llm.device)                                                         # (B, G)
+    places = mask.sum(1, keepdim=True) + torch.arange(tail.shape[1], device=llm.device)                 # (B, G)
+    hidden = llm.get_decoder()(
+        input_ids=tail, attention_mask=torch.cat([mask, torch.ones_like(tail)], 1), position_ids=places,
+        past_key_values=past, use_cache=True).last_hidden_state                                         # (B, G, D)
+    past.crop(-tail.shape[1])
+    return [of_tokens(llm, states[:len(ids)], ids).mean().exp().item()
+            for states, ids in zip(torch.cat([last, hidden], 1), tails)]
 
 
 def repetition_penalty(llm):
@@ -319,7 +328,7 @@ def mia(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -
         row["prompt"] = before + row["text"]
     sequences = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     for row, logp in zip(rows, log_probs(llm, tokenizer, sequences, [1] * len(rows), batch)):
-        row.update(said="", score=-logp.mean().item())
+        row.update({"said": ""} | ({"score": -logp.mean().item()} if len(logp) else {}))  # one token has no loss
 
 
 def verbatim(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
@@ -382,15 +391,14 @@ def common_subsequence(a: list[str], b: list[str]) -> list[str]:
     return found
 
 
-def normal(text: str) -> list[str]:
-    """A text's words without case, punctuation and articles, as TriviaQA's F1 counts them."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
 def bare(text: str) -> list[str]:
     """A text's words without case and punctuation."""
     return "".join(character for character in text.lower() if character not in string.punctuation).split()
+
+
+def normal(text: str) -> list[str]:
+    """`bare` without articles, as TriviaQA's F1 counts words."""
+    return re.sub(r"\b(a|an|the)\b", " ", " ".join(bare(text))).split()
 
 
 def f1(said: str, gold: str) -> float:
@@ -496,22 +504,23 @@ PUBLISHED = {
 }
 
 
-# Settings in which the runs of a line of the table may differ: means are taken over them.
-OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", "out", "device", "resume",
-       "save_every", "eval_batch", "log_every")
+# Settings that change nothing in what a run does, and those in which the runs of a line of the table may differ: means
+# are taken over them.
+FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every")
+OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
 
 
-def read_runs(folders: list[Path], mixed: bool) -> dict[tuple[str, str], list[dict]]:
+def read_runs(folders: list[Path], needed: tuple[str, ...], mixed: bool) -> dict[tuple[str, str], list[dict]]:
     """What results.json holds of each run, by (method, model); settings in which runs of a method differ are part of
-    its name. Raises BadInput if models differ and not `mixed`."""
+    its name. Raises BadInput where one lacks a `needed` score, and if models differ and not `mixed`."""
     runs = []
-    for folder in folders:
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
         file = folder / "results.json"
         if not file.exists():
             raise data.BadInput(f"{file}: no such file; --compare takes folders of finished runs")
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
-            missing = {"forget_fb", "forget_all", "neighbor_all"} - set(run["before"])
+            missing = {name for scores in (run["before"], *run["stages"]) for name in needed if name not in scores}
             runs.append(run | {"name": method_name(run["settings"]), "model": Path(run["settings"]["model"]).name})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise data.BadInput(f"{file}: not the results of a run ({type(error).__name__}: {error})") from error
@@ -544,6 +553,11 @@ def method_name(settings: dict) -> str:
     return name + f" + {held}" * bool(held) + (" (L)" if settings["lora"] else " (F)")
 
 
+# The scores that a run must have, for levels in percent of what it was and for Table 1's.
+RELATIVE = ("forget_all", "neighbor_all")
+ABSOLUTE = ("forget_fb", "forget_qa", "forget_aa", "neighbor_fb", "neighbor_qa")
+
+
 def first_stage(run: dict, level: float, relative: bool) -> dict | None:
     """Table 1's rule: the first stage whose mean of FB, QA and AA is below `level` percent; None where none is.
 
@@ -565,10 +579,9 @@ def comparison(groups: dict, levels: list[float], relative: bool) -> tuple[list[
     Absolute scores, the published rows below them; with `relative`, percent of what each run began with, and recovery
     (`atu.recovery`: the similarity to the concept that a fresh head finds, untouched -> at that stage).
     """
-    parts = ("forget_all", "neighbor_all") if relative else (
-        "forget_fb", "forget_qa", "forget_aa", "neighbor_fb", "neighbor_qa")
     everything = [run for runs in groups.values() for run in runs]
-    columns = [*parts, *(s for s in ("general", "mmlu") if all(s in run["before"] for run in everything))]
+    columns = [*(RELATIVE if relative else ABSOLUTE),
+               *(s for s in ("general", "mmlu") if all(s in run["before"] for run in everything))]
     head = ["method", "model", "level", *(name.replace("_", " ") for name in columns), *["recovery"] * relative, "runs"]
 
     def cell(values: list[float]) -> str:
@@ -668,7 +681,7 @@ def plot(file: Path, panels: list[dict]) -> None:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. Raises BadInput for a flag that would not be read."""
+    """The command line. Raises BadInput for a flag of the other kind of work."""
     parser = argparse.ArgumentParser(
         description="Score a model on RWKU's probes, in percent; or set finished runs side by side, as Table 1 does.",
         formatter_class=argparse.RawTextHelpFormatter)
@@ -746,7 +759,8 @@ def score_model(args: argparse.Namespace) -> int:
         scores, rows = evaluate(llm, tokenizer, probes, args.batch, before, args.shots, args.bf16)
     print(table({target: scores}))
     if args.json:
-        what = {"model": args.model, "target": target, "rwku": args.rwku, "sets": args.sets, "icu": args.icu}
+        what = {"model": args.model, "target": target, "rwku": args.rwku, "icu": args.icu,
+                "sets": args.sets if not args.probes else str(args.probes)}
         data.write_json(args.json, what | scores | {"probes": rows})
     return 0
 
@@ -768,7 +782,7 @@ def compare(args: argparse.Namespace) -> int:
     for level in args.levels:
         if not 0 < level <= 100:
             raise data.BadInput(f"--levels {level:g}: percent, so above 0 and at most 100")
-    groups = read_runs(args.compare, args.mixed)
+    groups = read_runs(args.compare, RELATIVE if args.relative else ABSOLUTE + RELATIVE, args.mixed)
     shown = comparison(groups, args.levels, args.relative)
     print(aligned_text(*shown))
     data.write_text(files[0], markdown(*shown))

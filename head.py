@@ -34,7 +34,7 @@ class EmbeddingHead(nn.Module):
     """E, θ_E: hidden states (B, T, D) -> predicted embeddings ê_t (B, T, E), of any length.
 
     hidden_size: D. embedding_size: E. depth, width, heads: the paper's size is 6 blocks of width 768
-    (Sec. 4.1), 8 heads; `heads` must divide `width`.
+    (Sec. 4.1), its authors' code has 8 heads; `heads` must divide `width`.
 
     Padding stands on the right of a text and so cannot reach a real position: by causality ê_t depends on
     h_1, ..., h_t alone, and no padding mask is needed. What is predicted at padding is masked in the losses.

@@ -37,8 +37,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (normalize(a, dim=-1) * normalize(b, dim=-1)).sum(-1)
 
 
-def masked_mean(values: Tensor) -> Tensor:
-    """Mean of the values that a mask has left, (N,) -> (); an empty one gives 0 and a zero gradient."""
+def mean_or_zero(values: Tensor) -> Tensor:
+    """Mean of the values that a mask has left, (N,) -> (); where it has left none, 0 and a zero gradient."""
     return values.sum() / max(values.numel(), 1)
 
 
@@ -49,7 +49,7 @@ def alignment_loss(predicted: Tensor, reference: Tensor, mask: Tensor) -> Tensor
     Returns () in [0, 2].
     """
     # L_align = 1 - sim(ê_t, e_t)
-    return masked_mean(1 - cosine(predicted[mask], reference[mask]))
+    return mean_or_zero(1 - cosine(predicted[mask], reference[mask]))
 
 
 def unlearning_loss(predicted: Tensor, concept: Tensor, mask: Tensor, tau: float) -> Tensor:
@@ -59,7 +59,7 @@ def unlearning_loss(predicted: Tensor, concept: Tensor, mask: Tensor, tau: float
     Returns () in [0, max(0, 1 - tau)]. `relu`, because the gradient of `clamp` at the margin is 1.
     """
     # L_unlearn = max(0, sim(ê_t, e_unlearn) - τ)
-    return masked_mean(relu(cosine(predicted[mask], concept) - tau))
+    return mean_or_zero(relu(cosine(predicted[mask], concept) - tau))
 
 
 def retain_loss(hidden: Tensor, original: Tensor, mask: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def retain_loss(hidden: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     # L_retain = ‖h_t - h_t⁰‖² / ‖h_t⁰‖²
     hidden, original = hidden[mask], original[mask]                               # (N, D)
     size = original.square().sum(-1).clamp_min(torch.finfo(original.dtype).tiny)  # (N,)
-    return masked_mean((hidden - original).square().sum(-1) / size)
+    return mean_or_zero((hidden - original).square().sum(-1) / size)
 
 
 def token_log_probs(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -96,13 +96,13 @@ def sequence_log_probs(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tenso
 def ascent_loss(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Eq. 5: the log-likelihood of texts to forget, to be minimized. Returns () <= 0, without a lower bound."""
     # L_forget = log π_θ(y | x), here a token's mean
-    return masked_mean(token_log_probs(logits, input_ids, mask))
+    return mean_or_zero(token_log_probs(logits, input_ids, mask))
 
 
 def likelihood_loss(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Eq. 6: the negative log-likelihood of texts to keep, or of refusals. Returns () >= 0."""
     # L_retain = -log π_θ(y | x), here a token's mean
-    return -masked_mean(token_log_probs(logits, input_ids, mask))
+    return -mean_or_zero(token_log_probs(logits, input_ids, mask))
 
 
 def kl_loss(logits: Tensor, reference_logits: Tensor, mask: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def kl_loss(logits: Tensor, reference_logits: Tensor, mask: Tensor) -> Tensor:
     counted = mask[:, 1:]                                                                         # (B, T - 1)
     logp = logits[:, :-1][counted].log_softmax(-1)                                                # (N, V)
     reference = reference_logits[:, :-1][counted].log_softmax(-1)                                 # (N, V)
-    return masked_mean((reference.exp() * (reference - logp)).sum(-1))
+    return mean_or_zero((reference.exp() * (reference - logp)).sum(-1))
 
 
 def npo_loss(logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
@@ -125,7 +125,7 @@ def npo_loss(logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
     goes to that of the summed Eq. 5.
     """
     # L_NPO = (2/β) log(1 + (π_θ / π_ref)^β)
-    return masked_mean(2 / beta * softplus(beta * (logp - reference_logp)))
+    return mean_or_zero(2 / beta * softplus(beta * (logp - reference_logp)))
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor,
@@ -136,7 +136,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, referen
     tokens. beta > 0. Returns () >= 0; log 2 for equal models.
     """
     # L_DPO = -log σ(β [log π_θ(y_+)/π_ref(y_+) - log π_θ(y_-)/π_ref(y_-)])
-    return masked_mean(-logsigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected))))
+    return mean_or_zero(-logsigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected))))
 
 
 def generic_logits(original: Tensor, reinforced: Tensor, alpha: float) -> Tensor:

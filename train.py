@@ -10,6 +10,7 @@ work on tokens (Appendix A.2): GA, NPO, DPO and RT are `unlearn_tokens` here; IC
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -100,7 +101,7 @@ class Config:
     seed: int = option(0, "of E's weights and of the batches")
     device: str = option("auto", "auto, cpu or cuda")
     resume: bool = option(False, "go on where a run in --out was cut off, or begin it; a finished one is left as it is")
-    save_every: float = option(300.0, "seconds between two checkpoints, at least (there is one at the end of each stage)")
+    save_every: float = option(300.0, "seconds between two checkpoints, at least; there is one at the end of each stage")
     out: str = option("", "folder of the run (default: runs/<target>)")
 
 
@@ -126,13 +127,11 @@ TOKENS = {
 TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 6, "warmup": 5}}
 # Align-then-Unlearn by LoRA. smol: by trials on Leonardo da Vinci; phi3: not tried.
 ATU_LORA = {"phi3": {"optimizer": "adamw", "llm_lr": 1e-4}, "smol": {"llm_lr": 1e-3}}
-# Settings that may be others where a run goes on.
-FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every")
 METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
-# GB of free CUDA memory for phi3, by arithmetic: fp32 weights 15, their bf16 copies 7, hidden states of the corpus 8,
-# activations of 4096 tokens in all blocks 29; what moves adds its gradients and AdamW's two moments: 13 + 0 in atu
-# (SGD), 15 + 30 in the methods on tokens, next to nothing in adapters.
-PHI3_MEMORY = {"atu": 72, "icu": 30, "tokens": 104, "lora": 60}
+# GB of free CUDA memory for phi3, by arithmetic: 30 for fp32 weights, their bf16 copies and the corpus's hidden states;
+# the activations of a batch; and what moves: gradients, and AdamW's two moments (atu has SGD; adapters: next to none).
+PHI3_MEMORY = {"atu": (30, 29, 13), "icu": (30, 0, 0), "ga": (30, 29, 45), "rt": (30, 29, 45), "npo": (30, 58, 45),
+               "dpo": (30, 60, 45)}
 
 
 def parse(argv: list[str] | None) -> Config:
@@ -155,9 +154,10 @@ def parse(argv: list[str] | None) -> Config:
                             **kind)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
-    needs = "lora" if given.get("lora") else given.get("method", "atu")
-    preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"),
-                                PHI3_MEMORY.get(needs, PHI3_MEMORY["tokens"]))
+    held, activations, moving = PHI3_MEMORY.get(given.get("method", "atu"), PHI3_MEMORY["dpo"])
+    needed = (held + activations * (2 if given.get("retain", "none") != "none" else 1)
+              + (moving if not given.get("lora") else 0))
+    preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"), needed)
     print(f"preset | {preset}: {why}", flush=True)
     config = dataclasses.replace(PRESETS[preset], **given | {"preset": preset})
     config = dataclasses.replace(config, **method_settings(config) | given | {"preset": preset})
@@ -190,6 +190,7 @@ def own_settings() -> str:
         lines += [f"    {name:<10} --llm-lr {llm_lr:<8g} --batch {batch:<3} --stages {stages}"
                   for name, (llm_lr, batch, stages) in methods.items()]
         lines.append(f"    atu lora   --llm-lr {ATU_LORA[preset]['llm_lr']:g}")
+    lines.append("  both: --retain-weight 1 with --retain; npo has --beta 0.2; runs/<target>-<method> is the folder")
     return "\n".join(lines)
 
 
@@ -220,7 +221,7 @@ def choose_preset(name: str, device: str, needed: int) -> tuple[str, str]:
         return "smol", "--device cpu"
     if not torch.cuda.is_available():
         return "smol", "no CUDA device here"
-    free = torch.cuda.mem_get_info()[0] / 1e9
+    free = torch.cuda.mem_get_info(None if device == "auto" else data.choose_device(device))[0] / 1e9
     if free < needed:
         return "smol", f"{free:.0f} GB of CUDA memory free, and phi3 needs {needed}"
     return "phi3", f"a CUDA device with {free:.0f} GB free"
@@ -228,10 +229,11 @@ def choose_preset(name: str, device: str, needed: int) -> tuple[str, str]:
 
 def check(config: Config) -> None:
     """Raises data.BadInput for the first setting that is out of its range."""
-    least = dict.fromkeys(("window", "batch", "align_batch", "layer", "head_depth", "texts", "other_texts", "others",
-                           "align_steps", "patience", "eval_batch", "log_every", "corpus_size"), 1)
+    least = dict.fromkeys(("window", "batch", "align_batch", "layer", "head_depth", "texts", "other_texts",
+                           "align_steps", "patience", "eval_batch", "log_every", "corpus_size", "stages"), 1)
     least |= dict.fromkeys(("realign_steps", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed",
-                            "lora", "warmup"), 0) | {"stages": 1, "unlearn_steps": int(config.method == "atu")}
+                            "lora", "warmup", "others", "save_every"), 0)
+    least["unlearn_steps"] = int(config.method == "atu")
     for name, bound in (least | {"length": 2, "head_width": 8}).items():
         if not getattr(config, name) >= bound:
             raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")
@@ -242,6 +244,9 @@ def check(config: Config) -> None:
     for name in ("clip", "beta"):
         if getattr(config, name) <= 0:
             raise data.BadInput(f"--{name} {getattr(config, name)}: must be above 0")
+    for name in ("inactive", "stop_at"):
+        if getattr(config, name) > 1:
+            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: a share, so at most 1")
     if config.seed >= 2**63:
         raise data.BadInput(f"--seed {config.seed}: must be below 2**63")
     for tau in config.taus:
@@ -254,11 +259,6 @@ def check(config: Config) -> None:
                         ("method", METHODS), ("retain", ("none", "nll", "kl"))):
         if getattr(config, name) not in known:
             raise data.BadInput(f"--{name} {getattr(config, name)}: unknown; there are {', '.join(known)}")
-    if config.lora and config.method == "icu":
-        raise data.BadInput(f"--lora {config.lora}: icu trains nothing, so it has no adapters; leave it out")
-    if config.retain != "none" and config.method in ("atu", "icu"):
-        raise data.BadInput(f"--retain {config.retain}: only for ga, npo, dpo and rt"
-                            + "; atu has --retain-weight" * (config.method == "atu"))
     if config.corpus == "passage" and config.method in ("dpo", "rt"):
         raise data.BadInput(f"--corpus passage: {config.method} learns from answers; leave it out, or name "
                             "positive_phi")
@@ -271,31 +271,36 @@ def aligns(config: Config) -> bool:
 
 def check_read(config: Config, given: dict) -> None:
     """Raises data.BadInput for a setting on the command line that this run would not read."""
-    method, passage = config.method, bool(config.target_text)
+    method, passage, tokens = config.method, bool(config.target_text), config.method not in ("atu", "icu")
     rules = (  # settings, whether they are read, what they go with
         ("keep_text", passage, "--target-text"),
         ("describe probes neighbors corpus_size", not passage, "--target"),
         ("beta", method in ("npo", "dpo"), "--method npo or dpo"),
         ("taus inactive patience realign_steps", method == "atu", "--method atu"),
         ("train_embeddings", method == "atu" and not config.lora, "--method atu without --lora"),
-        ("stages warmup", method not in ("atu", "icu"), "--method ga, npo, dpo or rt"),
-        ("unlearn_steps optimizer llm_lr", method != "icu", "a method that trains"),
+        ("stages warmup retain", tokens, "--method ga, npo, dpo or rt (atu has --retain-weight)"),
+        ("lora unlearn_steps optimizer llm_lr stop_at", method != "icu", "a method that trains"),
+        ("batch clip corpus length others texts other_texts", method != "icu" or config.recovery,
+         "a method that trains, or --recovery"),
         ("retain_weight", method == "atu" or config.retain != "none", "--retain nll or kl"),
         ("encoder window layer head_depth head_width align_batch align_steps head_lr",
          aligns(config), "--method atu, or --recovery"))
     for names, read, goes_with in rules:
-        for name in set(names.split()) & set(given):
-            if not read:
+        for name in names.split():
+            if not read and given.get(name, False) not in (False, "none"):
                 raise data.BadInput(f"--{name.replace('_', '-')}: goes with {goes_with}; leave it out")
 
 
 @contextmanager
-def claimed(out: Path, resume: bool):
-    """The folder of a run, locked. Bad input or out of memory takes it away again, unless something has been saved.
+def claimed(config: Config):
+    """The folder of a run, locked, with its settings in config.json; gives the results of one that is finished, or {}.
 
-    Raises data.BadInput if it cannot be written, is another run's, or already holds something and not `resume`.
+    Bad input or out of memory leaves no trace, unless a checkpoint or a model has been saved. Raises data.BadInput if
+    the folder cannot be written, another process works in it, or it holds something else than what `resume` can go on
+    with.
     """
-    lock = FileLock(out / ".lock")
+    out = Path(config.out)
+    new, lock = not out.exists(), FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -303,20 +308,49 @@ def claimed(out: Path, resume: bool):
         raise data.BadInput(f"--out {out}: another run is at work there; name another folder with --out") from error
     except OSError as error:
         raise data.BadInput(f"--out {out}: cannot be written ({error.strerror}); name another with --out") from error
-    fresh = {file.name for file in out.iterdir()} <= {".lock"}
+    empty = {file.name for file in out.iterdir()} <= {".lock"}
     try:
-        if not resume and not fresh:
-            raise data.BadInput(f"--out {out}: already holds a run; go on with --resume, delete it, or name another "
-                                "folder with --out")
+        if not empty:
+            check_resume(config)
+        else:
+            data.write_json(out / "config.json", dataclasses.asdict(config))
         with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch"):
-            yield
+            yield json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise data.BadInput(f"--out {out}: cannot be written ({error.strerror}); make room, and go on with --resume"
+                            ) from error
     except data.BadInput:
-        if fresh and not any((out / name).exists() for name in ("model", "checkpoint.safetensors")):
-            shutil.rmtree(out.resolve())
+        if empty and not any((out / name).exists() for name in ("model", "checkpoint.safetensors")):
+            for file in out.iterdir():
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            if new:
+                out.rmdir()
         raise
     finally:
         lock.release()
         (out / ".lock").unlink(missing_ok=True)
+
+
+def check_resume(config: Config) -> None:
+    """Raises data.BadInput where the folder does not hold a run with these settings, or `resume` is not wanted."""
+    out = Path(config.out)
+    if not config.resume:
+        raise data.BadInput(f"--out {out}: already holds a run; go on with --resume, delete it, or name another folder "
+                            "with --out")
+    try:
+        saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise data.BadInput(f"--out {out}: holds no run (no config.json that can be read); name another folder"
+                            ) from error
+    for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
+        was = saved.get(name)
+        if name == "target":
+            was, value = str(was).strip().casefold(), value.strip().casefold()
+        if name not in evaluate.FREE and was != value:
+            raise data.BadInput(f"--out {out}: holds a run with another --{name.replace('_', '-')} ({was}, not {value});"
+                                " name another folder")
 
 
 class Work(NamedTuple):
@@ -342,6 +376,8 @@ def load(config: Config) -> Work:
         raise data.BadInput(f"--neighbors and --corpus-size are for concepts in no dataset; {target} is in one")
     if target.casefold() in [name.strip().casefold() for name in config.neighbors]:
         raise data.BadInput(f"--neighbors {target}: that is the target itself; leave it out")
+    if not known and config.texts != PRESETS[config.preset].texts:
+        raise data.BadInput(f"--texts is for targets in a dataset; {target} is in none (--corpus-size is for concepts)")
     probes = read_probes(root, target, known, config)
     others = [row["text"] for other in [name for name in data.targets(root) if name != target][:config.others]
               for row in data.read_set(root, other, config.corpus)[:config.other_texts]] + data.general_texts(root)
@@ -349,8 +385,14 @@ def load(config: Config) -> Work:
     if known:
         about = [row["text"] for row in data.read_set(root, target, config.corpus)][:config.texts]
         answers = data.read_set(root, target, kind + "_phi" * (config.corpus == "positive_phi")) if kind else []
+        answers = answers[:config.texts]
     llm, tokenizer = data.load_llm(config.model, config.device)
     check_blocks(llm, config)
+    longest = getattr(llm.config, "max_position_embeddings", 10**9)
+    for row in (row for score in probes if score.endswith("_text") for row in probes[score]):
+        data.pieces(row["text"], tokenizer, longest)  # raises where it is too short
+        if len(tokenizer(row["text"])["input_ids"]) > longest:
+            raise data.BadInput(f"--target-text, --keep-text: {config.model} reads {longest} tokens at most")
     if passage:
         about, answers = data.pieces(passage, tokenizer, config.length), []
     elif not known:
@@ -362,15 +404,16 @@ def load(config: Config) -> Work:
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
     meant = passage or (f"{target}, {config.describe}" if config.describe else target)
     concept = data.embed([meant], encoder)[0] if encoder else None                          # (E,)
-    if not any(score.startswith("forget") for score in probes):
-        print("data | no probes, so no accuracy is measured; mia is the loss x 100 on the run's own texts", flush=True)
+    if not any(score.startswith("forget") for score in probes) and "mia_forget" not in probes:
+        print("data | no forget probes, so forgetting has no accuracy; mia is the loss x 100 on the run's own texts",
+              flush=True)
         own = {"mia_forget": about, "mia_retain": others[:len(about)]}
         probes = {score: [{"text": text} for text in texts] for score, texts in own.items()} | probes
     if config.lora:
         llm = add_adapters(llm, config)
     print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
           f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
-    forget = forget_texts(corpus, answers[:config.texts], tokenizer, config)
+    forget = forget_texts(corpus, answers, tokenizer, config)
     ask_first = evaluate.ICU.format(subject=target) if config.method == "icu" else ""
     return Work(target, llm, tokenizer, probes, corpus, concept, forget, ask_first)
 
@@ -381,9 +424,9 @@ def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[st
     data.BadInput."""
     probes = {}
     if config.target_text:
-        passages = {"forget_text": config.target_text, "neighbor_text": config.keep_text}
-        probes = {score: [{"text": data.read_text(Path(file), "--target-text and --keep-text")}]
-                  for score, file in passages.items() if file}
+        passages = (("forget_text", config.target_text, "--target-text"),
+                    ("neighbor_text", config.keep_text, "--keep-text"))
+        probes = {score: [{"text": data.read_text(Path(file), flag)}] for score, file, flag in passages if file}
     elif config.probes:
         probes = data.read_probe_file(Path(config.probes), target)
     elif known:
@@ -471,8 +514,8 @@ def run(config: Config) -> dict:
     """
     out, began = Path(config.out), time.perf_counter()
     work = load(config)
-    state, records = begin(work, config)
-    checkpoints = Checkpoints(out / "checkpoint.safetensors", work.corpus, config)
+    state, records = begin(work, config)  # Sec. 3 in atu.py, or `unlearn_tokens`
+    checkpoints = Checkpoints(out / "checkpoint.safetensors", work, config.save_every)
     progress = checkpoints.restore(state) or untouched_scores(work, config)
     began -= progress.seconds
     data.write_text(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in progress.records))
@@ -493,7 +536,8 @@ def run(config: Config) -> dict:
         stopped = str(error)
         print(f"stopped | {stopped}; the weights before that step are kept", flush=True)
         progress.after, progress.asked_after = score(work, work.ask_first, config)
-    checkpoints.wait()
+    finally:
+        checkpoints.wait()
     return finish(out, work, state, progress, stopped, began, config)
 
 
@@ -529,7 +573,7 @@ def finish(out: Path, work: Work, state: atu.State, progress: Progress, stopped:
     if stages and not stopped and "recovery" not in stages[-1]:
         stages[-1]["recovery"] = pairs(untouched, untouched if config.method == "icu" else recover(work, config))
     results = {"target": work.target, "settings": dataclasses.asdict(config), "versions": versions(config.device),
-               "seed": config.seed, "before": before, "stages": stages, "after": progress.after,
+               "before": before, "stages": stages, "after": progress.after,
                "levels": levels(stages), "recovery": stages[-1]["recovery"] if stages and not stopped else {},
                "stopped": stopped, "seconds": time.perf_counter() - began}
     evaluate.plot(out / "curves.png", panels(before, stages, [r for r in progress.records if r["kind"] != "stage"]))
@@ -548,13 +592,17 @@ def score(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]
 
 
 def recover(work: Work, config: Config) -> dict:
-    """`atu.recovery` of the model as it is now; empty with --no-recovery."""
-    return atu.recovery(work.llm, work.concept, work.corpus, config) if config.recovery else {}
+    """`atu.recovery` of the model as it is now; empty with --no-recovery, and where the head's loss is not finite."""
+    try:
+        return atu.recovery(work.llm, work.concept, work.corpus, config) if config.recovery else {}
+    except atu.NotFinite as error:
+        print(f"recovery | not measured: {error}", flush=True)
+        return {}
 
 
 def pairs(untouched: dict, unlearned: dict) -> dict:
     """Each similarity of `atu.recovery` on the untouched and on the unlearned model."""
-    return {key: {"untouched": untouched[key], "unlearned": value} for key, value in unlearned.items()}
+    return {key: {"untouched": untouched[key], "unlearned": unlearned[key]} for key in unlearned if key in untouched}
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -562,24 +610,24 @@ def pairs(untouched: dict, unlearned: dict) -> dict:
 class Checkpoints:
     """The last state of a run in one file of tensors, replaced whole, written while the run goes on."""
 
-    def __init__(self, file: Path, corpus: data.Corpus, config: Config):
-        self.file, self.every, self.last = file, config.save_every, time.perf_counter()
+    def __init__(self, file: Path, work: Work, every: float):
+        self.file, self.every, self.last = file, every, time.perf_counter()
         self.writer, self.written = ThreadPoolExecutor(1), None
-        settings = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()
-                    if name not in FREE}
-        read = hashlib.sha256(corpus.input_ids.numpy().tobytes()).hexdigest()[:8]
-        self.of = json.loads(json.dumps(settings | {"text or tokenizer": read}))
+        read = [work.probes, work.corpus.input_ids.tolist(), [ids.tolist() for ids, _ in work.forget]]
+        self.read = hashlib.sha256(json.dumps(read).encode()).hexdigest()  # what the run reads, apart from the weights
 
     def save(self, state: atu.State, progress: Progress, at_once: bool) -> None:
-        """Every `save_every` seconds, or `at_once`. Raises data.BadInput where the one before could not be written."""
+        """Every `every` seconds, or `at_once`. Raises data.BadInput where the one before could not be written."""
+        if self.written and self.written.done():
+            self.wait()
         if not at_once and time.perf_counter() - self.last < self.every:
             return
         self.wait()
         tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors_of(state).items()}
         rest = {name: getattr(state, name) for name in ("stage", "aligning", "done", "recent", "step", "tokens",
                                                         "began", "record")}
-        found = {"of": self.of, "state": rest, "progress": dataclasses.asdict(progress)}
-        self.written = self.writer.submit(write_checkpoint, self.file, tensors, json.dumps(found))
+        rest = {"read": self.read, "state": rest, "progress": dataclasses.asdict(progress)}
+        self.written = self.writer.submit(write_checkpoint, self.file, tensors, json.dumps(rest))
         self.last = time.perf_counter()
 
     def wait(self) -> None:
@@ -591,15 +639,14 @@ class Checkpoints:
         """The saved run's progress, its state put into `state`; None where nothing is saved. Raises data.BadInput."""
         if not self.file.exists():
             return None
-        tensors, found = read_checkpoint(self.file)
-        for name, value in self.of.items():
-            if found["of"].get(name) != value:
-                raise data.BadInput(f"{self.file}: of a run with another {name} ({found['of'].get(name)}, not {value}); "
-                                    "name another folder with --out")
+        tensors, rest = read_checkpoint(self.file)
+        if rest["read"] != self.read:
+            raise data.BadInput(f"{self.file}: texts, probes or the tokenizer have changed since; name another folder "
+                                "with --out")
         put_tensors(state, tensors)
-        for name, value in found["state"].items():
+        for name, value in rest["state"].items():
             setattr(state, name, value)
-        progress = Progress(**found["progress"])
+        progress = Progress(**rest["progress"])
         print(f"resumed | stage {state.stage} | step {state.step} | {progress.seconds:.0f} s so far", flush=True)
         return progress
 
@@ -615,8 +662,8 @@ def tensors_of(state: atu.State) -> dict[str, Tensor]:
     for part in ("llm_optimizer", "head_optimizer"):
         optimizer = getattr(state, part)
         if optimizer is not None:
-            tensors |= {f"{part}.{n}.{key}": value for n, found in optimizer.state_dict()["state"].items()
-                        for key, value in found.items() if value is not None}
+            tensors |= {f"{part}.{n}.{key}": value for n, moments in optimizer.state_dict()["state"].items()
+                        for key, value in moments.items() if value is not None}
     return tensors
 
 
@@ -632,26 +679,27 @@ def put_tensors(state: atu.State, tensors: dict[str, Tensor]) -> None:
     for part in ("llm_optimizer", "head_optimizer"):
         optimizer = getattr(state, part)
         if optimizer is not None:
-            found = {}
+            moments = {}
             for name, value in tensors.items():
                 if name.startswith(f"{part}."):
                     _, n, key = name.split(".")
-                    found.setdefault(int(n), {})[key] = value
-            optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+                    moments.setdefault(int(n), {})[key] = value
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def write_checkpoint(file: Path, tensors: dict[str, Tensor], found: str) -> None:
+def write_checkpoint(file: Path, tensors: dict[str, Tensor], rest: str) -> None:
     """One file, whole and on the disk, or the one that was there. Raises data.BadInput."""
     partial = file.with_name(f".{file.name}")
     try:
-        save_file(tensors, partial, metadata={"found": found, "sha256": checksum(tensors, found)})
+        save_file(tensors, partial, metadata={"rest": rest, "sha256": checksum(tensors, rest)})
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         partial.replace(file)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise data.BadInput(f"{file}: cannot be written ({getattr(error, 'strerror', None) or error}); the last one is "
-                            "whole: make room and go on with --resume") from error
+        way_out = "the last one is whole: make room, and go on with --resume" if file.exists() else "make room"
+        raise data.BadInput(f"{file}: cannot be written ({getattr(error, 'strerror', None) or error}); {way_out}"
+                            ) from error
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
@@ -661,16 +709,16 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
             tensors, about = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise data.BadInput(f"{file}: damaged checkpoint ({error}); delete it to begin again") from error
-    if not {"found", "sha256"} <= set(about):
+    if not {"rest", "sha256"} <= set(about):
         raise data.BadInput(f"{file}: not a checkpoint of train.py; name another folder with --out")
-    if about["sha256"] != checksum(tensors, about["found"]):
+    if about["sha256"] != checksum(tensors, about["rest"]):
         raise data.BadInput(f"{file}: damaged checkpoint (its checksum is another); delete it to begin again")
-    return tensors, json.loads(about["found"])
+    return tensors, json.loads(about["rest"])
 
 
-def checksum(tensors: dict[str, Tensor], found: str) -> str:
+def checksum(tensors: dict[str, Tensor], rest: str) -> str:
     """sha256 of all names and bytes."""
-    key = hashlib.sha256(found.encode())
+    key = hashlib.sha256(rest.encode())
     for name, value in sorted(tensors.items()):
         key.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return key.hexdigest()
@@ -828,7 +876,7 @@ def versions(device: str) -> dict:
 
 
 def save(out: Path, work: Work, head, config: Config) -> None:
-    """model/ (fp32, as trained; none from icu), head.safetensors (atu) and config.json, each whole or not at all."""
+    """model/ (fp32, as trained; none from icu) and head.safetensors (atu), each whole or not at all."""
     if config.method != "icu":
         partial = out / ".model"
         work.llm.save_pretrained(partial)
@@ -838,7 +886,6 @@ def save(out: Path, work: Work, head, config: Config) -> None:
     if head is not None:
         save_file({name: value.contiguous() for name, value in head.state_dict().items()}, out / ".head")
         (out / ".head").rename(out / "head.safetensors")
-    data.write_json(out / "config.json", dataclasses.asdict(config))
 
 
 def panels(before: dict, stages: list[dict], steps: list[dict]) -> list[dict]:
@@ -880,7 +927,7 @@ def report(results: dict, before: list[dict], after: list[dict], out: Path) -> N
     for kind, i in illustrations(before):
         said = [" ".join(asked[i]["said"].split()) for asked in (before, after)]
         print(f"{kind}\n  Q: {before[i].get('query') or before[i]['prompt']}\n  before: {said[0]}\n  after:  {said[1]}")
-    files = ", ".join(sorted(file.name for file in out.iterdir()))
+    files = ", ".join(sorted(file.name for file in out.iterdir() if not file.name.startswith(".")))
     print(f"\nsaved | {out}: {files} | {results['seconds']:.0f} s")
 
 
@@ -906,14 +953,14 @@ def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 0: done; 1: stopped by a loss that is not finite; 2: bad input or out of memory."""
+    """The command. Exit code 0: done; 1: stopped by a loss that is not finite; 2: bad input, out of memory or disk;
+    130: interrupted."""
     try:
         config = parse(argv)
-        with claimed(Path(config.out), config.resume):
-            if (Path(config.out) / "results.json").exists():
+        with claimed(config) as finished:
+            if finished:
                 print(f"resumed | {config.out}: finished already")
-                return 0
-            return 1 if run(config)["stopped"] else 0
+            return 1 if (finished or run(config))["stopped"] else 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

@@ -71,7 +71,7 @@ def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corp
     state.head.zero_grad()
     before_llm, before_head = weights(llm), weights(state.head)
     start = atu.similarities(state.head, hidden, concept, corpus, config)
-    run(atu.unlearn(state, concept, corpus, hidden, -1.0, config))
+    run(atu.unlearn(state, concept, corpus, -1.0, config))
     after = atu.similarities(state.head, atu.cached_hidden_states(llm, corpus.input_ids, config), concept, corpus, config)
     assert moved(before_head, state.head) == set()
     assert all(p.grad is None for p in state.head.parameters())
@@ -87,7 +87,7 @@ def test_below_the_margin_nothing_moves_and_the_stage_ends_early(llm, corpus, co
     state = atu.start(llm, corpus, config)
     hidden = atu.cached_hidden_states(llm, corpus.input_ids, config)
     before = weights(llm)
-    records = run(atu.unlearn(state, concept, corpus, hidden, 1.0, config))
+    records = run(atu.unlearn(state, concept, corpus, 1.0, config))
     assert state.step == 3 and records[-1]["active"] == 0 and records[-1]["loss"] == 0
     assert moved(before, llm) == set()
 
@@ -98,7 +98,7 @@ def test_the_retain_term_holds_the_other_texts(corpus, concept):
         llm, config = make_llm(), dataclasses.replace(CONFIG, retain_weight=weight)
         state = atu.start(llm, corpus, config)
         original = atu.cached_hidden_states(llm, corpus.input_ids, config)
-        run(atu.unlearn(state, concept, corpus, original, -1.0, config))
+        run(atu.unlearn(state, concept, corpus, -1.0, config))
         now = atu.cached_hidden_states(llm, corpus.input_ids, config)
         drift[weight] = (now - original)[~corpus.about].square().sum().item()
     assert drift[100.0] < 0.5 * drift[0.0]
@@ -109,7 +109,7 @@ def test_the_retain_batch_is_drawn_from_the_other_texts(llm, corpus, concept, mo
     monkeypatch.setattr(atu, "draw", lambda rows, batch, generator: (asked.append((rows.tolist(), batch)), rows[:batch])[1])
     config = dataclasses.replace(CONFIG, unlearn_steps=1)
     state = atu.start(llm, corpus, config)
-    run(atu.unlearn(state, concept, corpus, atu.cached_hidden_states(llm, corpus.input_ids, config), -1.0, config))
+    run(atu.unlearn(state, concept, corpus, -1.0, config))
     assert asked == [(corpus.about.nonzero()[:, 0].tolist(), 4), ((~corpus.about).nonzero()[:, 0].tolist(), 4)]
 
 
@@ -120,7 +120,7 @@ def test_with_weight_zero_the_other_texts_are_not_touched(llm, corpus, concept):
     for texts in (corpus, spoilt):
         model = copy.deepcopy(llm)
         state = atu.start(model, corpus, config)
-        run(atu.unlearn(state, concept, texts, torch.zeros(1), -1.0, config))
+        run(atu.unlearn(state, concept, texts, -1.0, config))
         results.append(weights(model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -162,5 +162,51 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(llm, corpus, concept):
     original = atu.cached_hidden_states(llm, corpus.input_ids, CONFIG)
     before = weights(llm)
     with pytest.raises(atu.NotFinite):
-        run(atu.unlearn(state, concept * float("nan"), corpus, original, -1.0, CONFIG))
+        run(atu.unlearn(state, concept * float("nan"), corpus, -1.0, CONFIG))
     assert moved(before, llm) == set()
+
+
+def test_alignment_counts_whole_windows_alone_and_draws_from_all_texts(llm, corpus, monkeypatch):
+    asked, real = [], atu.draw
+    monkeypatch.setattr(atu, "draw", lambda rows, batch, generator: asked.append(rows.tolist()) or real(rows, batch, generator))
+    spoilt = corpus._replace(table=torch.cat([torch.full_like(corpus.table[:1], float("nan")), corpus.table]),
+                             index=torch.where(corpus.valid, corpus.index + 1, 0))
+    state = atu.start(llm, corpus, CONFIG)
+    (record,) = run(atu.align(state, spoilt, state.original, 3, CONFIG))
+    assert not corpus.valid.all() and 0 < record["loss"] < 2
+    assert asked == [list(range(len(corpus.input_ids)))] * 3
+
+
+def test_unlearning_does_not_see_padding(corpus, concept):
+    results, mask = [], corpus.mask.clone()
+    mask[::2, -9:] = False
+    for filler in (7, 300):
+        llm, texts = make_llm(), corpus._replace(mask=mask, input_ids=torch.where(mask, corpus.input_ids, filler))
+        run(atu.unlearn(atu.start(llm, texts, CONFIG), concept, texts, -1.0, CONFIG))
+        results.append(weights(llm))
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-6) for name in results[0])
+
+
+def test_realignment_is_on_the_model_as_it_is_now_and_optimizers_are_kept(llm, corpus, concept, monkeypatch):
+    real, seen = atu.align, []
+
+    def align(state, corpus, hidden, steps, config):
+        seen.append(torch.equal(hidden, atu.cached_hidden_states(llm, corpus.input_ids, config)))
+        yield from real(state, corpus, hidden, steps, config)
+
+    monkeypatch.setattr(atu, "align", align)
+    config = dataclasses.replace(CONFIG, taus=(-0.9, -1.0), inactive=0.0, unlearn_steps=3)
+    state = atu.start(llm, corpus, config)
+    run(atu.align_then_unlearn(state, concept, corpus, config))
+    assert seen == [True] * 3
+    assert {int(found["step"]) for found in state.llm_optimizer.state.values()} == {6}
+    assert {int(found["step"]) for found in state.head_optimizer.state.values()} == {config.align_steps + 2 * config.realign_steps}
+
+
+def test_a_step_is_no_longer_than_clip_allows(llm, corpus, concept):
+    config = dataclasses.replace(CONFIG, optimizer="sgd", llm_lr=10.0, clip=1e-3, unlearn_steps=1)
+    state = atu.start(llm, corpus, config)
+    before = weights(llm)
+    run(atu.unlearn(state, concept, corpus, -1.0, config))
+    length = sum((value - before[name]).square().sum() for name, value in weights(llm).items()).sqrt().item()
+    assert length == pytest.approx(1e-2, rel=1e-2)

@@ -96,7 +96,7 @@ def test_a_name_with_a_dot_is_a_name(folders):
 
 @pytest.mark.parametrize("name, message", [
     ("Ada Lurk", "did you mean Ada Lark"), ("Zzz", "available in .*Ada Lark"), ("../x", "a path"), ("a/b", "a path"),
-    ("..", "a path"), ("", "a path"), ("a\\b", "a path")])
+    ("..", "a path"), ("", "empty"), ("a\\b", "a path")])
 def test_other_names_are_refused(folders, name, message):
     with pytest.raises(data.BadInput, match=message):
         data.find_target(folders["rwku"], name)
@@ -271,7 +271,7 @@ def test_a_concept_is_a_known_target_or_a_new_name(folders, name, described, exp
 
 
 @pytest.mark.parametrize("name, message", [("Ada Lurk", "did you mean Ada Lark.*--describe"), ("lark", "did you mean Ada Lark"),
-                                           ("../x", "a path"), ("", "a path"), ("..", "a path")])
+                                           ("../x", "a path"), (" ", "empty"), ("..", "a path")])
 def test_what_is_neither(folders, name, message):
     with pytest.raises(data.BadInput, match=message):
         data.find_concept(folders["rwku"], name, False)

@@ -337,7 +337,7 @@ def test_runs_of_different_models_stand_side_by_side_only_where_asked(runs, tmp_
 def test_settings_in_which_runs_of_a_method_differ_are_part_of_its_name(runs):
     write, folders = runs
     other = write("d", "atu", [stage(10, 10)], layer=3, seed=7)
-    names = [name for name, _ in evaluate.read_runs([Path(folder) for folder in (*folders, other)], mixed=False)]
+    names = [name for name, _ in evaluate.read_runs([Path(folder) for folder in (*folders, other)], (), mixed=False)]
     assert names == ["ATU + retain (F), layer 2", "ATU + retain (F), layer 3", "GA* + KL (L)"]
 
 
@@ -350,7 +350,14 @@ def test_bad_runs(runs, tmp_path, capsys):
     assert evaluate.main(["--compare", str(tmp_path / "b"), "--levels", "nan", "--out", str(tmp_path / "t")]) == 2
     assert evaluate.main(["--compare", str(tmp_path / "b"), "--limit", "3", "--out", str(tmp_path / "t")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 6 and "no such file" in errors[0] and "not the results of a run" in errors[1]
+    less = {name: value for name, value in stage(80, 100).items() if name != "forget_qa"}
+    (tmp_path / "b" / "results.json").write_text(json.dumps(json.loads((tmp_path / "b" / "results.json").read_text()) | {"before": less}))
+    assert evaluate.main(["--compare", str(tmp_path / "b"), "--out", str(tmp_path / "t")]) == 2
+    errors.append(capsys.readouterr().err)
+    assert "has no forget_qa" in errors[6]
+    assert evaluate.main(["--compare", str(tmp_path / "b"), str(tmp_path / "b") + "/", "--relative", "--out", str(tmp_path / "u")]) == 0
+    assert "1 of 1" in capsys.readouterr().out
+    assert len(errors) == 7 and "no such file" in errors[0] and "not the results of a run" in errors[1]
     assert "--levels nan" in errors[4] and "--limit: goes with --model" in errors[5] and not (tmp_path / "t.md").exists()
 
 
@@ -361,7 +368,7 @@ def test_a_level_counts_as_reached_at_or_below_relatively_and_below_absolutely()
 
 
 def test_a_line_of_the_figures_goes_on_where_a_run_has_ended(runs):
-    groups = evaluate.read_runs([Path(folder) for folder in runs[1]], mixed=False)
+    groups = evaluate.read_runs([Path(folder) for folder in runs[1]], (), mixed=False)
     neighbors, utility, steps = evaluate.trade_off(groups)
     assert neighbors["lines"]["ATU + retain (F)"] == ([80, 35, 25], [100, 80, 75])
     assert steps["lines"]["ATU + retain (F)"] == ([0, 10, 15], [80, 35, 25])

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -128,8 +129,56 @@ def test_a_damaged_or_foreign_checkpoint_is_named(words, tmp_path, capsys, monke
     before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
     assert train.main([*flags, "--resume"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "checkpoint.safetensors" in error and message in error
+    assert error.startswith("error: ") and str(tmp_path / "run") in error and message in error
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_texts_that_have_changed_since_are_named(words, folders, tmp_path, capsys, monkeypatch):
+    shutil.copytree(folders["rwku"], tmp_path / "rwku")
+    flags = [*words, *ATU, "--rwku", str(tmp_path / "rwku"), "--out", str(tmp_path / "run")]
+    cut_off(flags, monkeypatch)
+    for file in tmp_path.glob("rwku/*/forget_level1.json"):
+        file.write_text(file.read_text().replace("painter", "singer"))
+    assert train.main([*flags, "--resume"]) == 2
+    assert "texts, probes or the tokenizer have changed since" in capsys.readouterr().err
+
+
+def test_a_run_that_was_over_is_not_trained_further(words, tmp_path, monkeypatch):
+    flags = [*words, *ATU, "--stop-at", "1"]  # met after the first stage
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    for name in ("save", "report"):  # before and after the model is there
+        def killed(*_):
+            raise Killed
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train, name, killed)
+            train.main([*flags, "--out", str(tmp_path / name)])
+        other = "--eval-batch 3 --log-every 2 --save-every 9 --target ADA\tLARK".replace("\t", " ").split(" --")
+        words_of = [part for text in other for part in (f"--{text.removeprefix('--')}".split(" ", 1))]
+        assert train.main([*flags, *words_of, "--out", str(tmp_path / name), "--resume"]) == 0
+        one, two = left(tmp_path / name), left(tmp_path / "whole")
+        assert len(one["results"]["stages"]) == 1 and {k: v for k, v in one.items() if "safetensors" in k} == {
+            k: v for k, v in two.items() if "safetensors" in k}
+
+
+def test_checkpoints_are_written_at_the_end_of_stages_and_seconds_add_up(words, tmp_path, monkeypatch):
+    place = ATU.index("--save-every")
+    flags = [*words, *ATU[:place], *ATU[place + 2:], "--out", str(tmp_path / "run")]
+    written, real = [], train.write_checkpoint
+    monkeypatch.setattr(train, "write_checkpoint", lambda *a: written.append(json.loads(a[2])["state"]["stage"]) or real(*a))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        begin = train.end_stage
+
+        def killed(record, *a):
+            begin(record, *a)
+            if record["stage"] == 1:
+                raise Killed
+        patch.setattr(train, "end_stage", killed)
+        train.main(flags)
+    assert written == [1]  # stage 0 is over
+    monkeypatch.setattr(train.time, "perf_counter", lambda real=time.perf_counter: real() + 1000)
+    assert train.main([*flags, "--resume"]) == 0 and written == [1, 2, 3]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert 0 < results["seconds"] < 1000
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(words, tmp_path, capsys, monkeypatch):

@@ -1,9 +1,11 @@
 """The command line from end to end on the tiny model, what it writes, and what it says to bad input."""
 
 import dataclasses
+import errno
 import json
 import math
 import shutil
+import time
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert results["settings"] == json.loads((finished / "config.json").read_text())
     assert set(results["settings"]) == {item.name for item in dataclasses.fields(train.Config)}
     assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
-    assert results["target"] == "Ada Lark" and results["seed"] == 0 and results["stopped"] is None
+    assert results["target"] == "Ada Lark" and results["stopped"] is None
     records = [json.loads(text) for text in (finished / "log.jsonl").read_text().splitlines()]
     assert [r["kind"] for r in records if r["kind"] == "stage"] == ["stage"] * 3
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -121,6 +123,22 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_is_one_line(arguments, capsys, monkeypatch, tmp_path):
+    def no_room(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(train, "save_file", no_room)
+    assert train.main([*arguments(), *SMALL]) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(arguments, capsys, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "mine.txt").write_text("mine")
+    for flags in ([], ["--resume"]):
+        assert train.main([*arguments(), *SMALL, *flags]) == 2
+        assert "holds" in capsys.readouterr().err and (tmp_path / "run" / "model" / "mine.txt").read_text() == "mine"
+
+
 def test_a_folder_that_holds_a_run_is_refused(arguments, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text("{}")
@@ -155,16 +173,47 @@ def test_out_of_memory_in_recovery_keeps_the_model(arguments, capsys, monkeypatc
 
 
 def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(atu, "unlearn", full)
-    assert train.main([*arguments(), *SMALL]) == 2
-    assert "lower --batch" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(atu, "align", full)
+    for exists in (False, True):
+        if exists:
+            (tmp_path / "run").mkdir()  # the user's own folder stays, empty
+        assert train.main([*arguments(), *SMALL]) == 2
+        assert "lower --batch" in capsys.readouterr().err
+        assert (tmp_path / "run").exists() == exists and not (exists and list((tmp_path / "run").iterdir()))
+
+
+def test_out_of_memory_after_a_checkpoint_keeps_it_however_slowly_it_is_written(arguments, monkeypatch, tmp_path):
+    real = train.write_checkpoint
+    monkeypatch.setattr(train, "write_checkpoint", lambda *a: time.sleep(0.5) or real(*a))
+    with monkeypatch.context() as patch:
+        patch.setattr(atu, "unlearn", full)
+        assert train.main([*arguments(), *SMALL]) == 2
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert train.main([*arguments(), *SMALL, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("error, caught", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True), (MemoryError(), True),
+    (RuntimeError("not enough memory: you tried to allocate"), True), (NotImplementedError("x"), False), (atu.NotFinite("nan"), False)])
+def test_what_is_out_of_memory(error, caught):
+    with pytest.raises(data.BadInput if caught else type(error)):
+        with data.out_of_memory("--batch"):
+            raise error
+
+
+def test_what_a_run_reads(arguments, folders, tmp_path):
+    shutil.copytree(folders["rwku"], tmp_path / "rwku")
+    (tmp_path / "rwku" / "general.json").write_text('[{"text": "Birds fly over the sea and the river Ash, and so on."}]')
+    words = arguments("--rwku", str(tmp_path / "rwku"))
+    for flags, about, others in (("", 5, 11), ("--others 1 --other-texts 2 --texts 3", 3, 3), ("--others 0", 5, 1)):
+        work = train.load(train.parse([*words, *FAST, *HEAD, *flags.split()]))
+        assert (int(work.corpus.about.sum()), int((~work.corpus.about).sum())) == (about, others)
 
 
 @pytest.mark.parametrize("gigabytes, preset", [(None, "smol"), (24, "smol"), (80, "phi3")])
 def test_auto_takes_phi3_where_there_is_room(monkeypatch, gigabytes, preset):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes is not None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gigabytes * 10**9, 10**12))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 10**9, 10**12))
     assert train.choose_preset("auto", "auto", 72)[0] == preset
     assert train.choose_preset("auto", "cpu", 72)[0] == "smol"
 
@@ -378,17 +427,20 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--method sgd", "unknown; there are atu, icu"), ("--method icu --lora 8", "trains nothing"), ("--retain kl", "atu has --retain-weight"),
-    ("--method icu --retain nll", "only for ga"), ("--method ga --retain l2", "unknown; there are none"), ("--sets mlu", "unknown"),
-    ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "above 0"), ("--method ga --stages 0", "at least 1"),
+    ("--method sgd", "unknown; there are atu, icu"), ("--method icu --lora 8", "--lora: goes with a method that trains"), ("--retain kl", "atu has --retain-weight"),
+    ("--method icu --retain nll", "--retain: goes with --method ga"), ("--method ga --retain l2", "unknown; there are none"), ("--sets mlu", "unknown"),
+    ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "above 0"), ("--stop-at 25", "at most 1"), ("--inactive 2", "at most 1"), ("--save-every -1", "at least 0"),
+    ("--method ga --retain-weight 2", "--retain-weight: goes with --retain nll or kl"), ("--method icu --llm-lr 1", "a method that trains"),
+    ("--method icu --stop-at 1", "a method that trains"), ("--texts 3 --target Zoo", "--texts is for targets in a dataset"),
+    ("--method icu --no-recovery --batch 3", "--batch: goes with a method that trains, or --recovery"), ("--method ga --stages 0", "at least 1"),
     ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--probes nowhere.json", "no such file"),
     ("--unlearn-steps 0", "at least 1"), ("--beta 0.2", "--beta: goes with --method npo or dpo"), ("--keep-text x.txt", "goes with --target-text"),
-    ("--method ga", "goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
+    ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
     ("--train-embeddings --lora 2", "--train-embeddings: goes with"), ("--neighbors Owl", "Ada Lark is in one"), ("--corpus-size 3", "Ada Lark is in one"),
-    ("--corpus-size 0", "at least 1"), ("--lora 33", "no rank is above"), ("--target Zoo --neighbors zoo", "the target itself")])
+    ("--corpus-size 0", "at least 1"), ("--lora 33 --layer 2", "no rank is above"), ("--target Zoo --neighbors zoo", "the target itself")])
 def test_bad_combinations(arguments, capsys, tmp_path, flags, message):
-    small = SMALL[:SMALL.index("--unlearn-steps")] + SMALL[SMALL.index("--unlearn-steps") + 2:] if "steps" in flags else SMALL
-    assert train.main([*arguments(), *small, *flags.split()]) == 2
+    base = "--preset smol --device cpu".split()
+    assert train.main([*arguments(), *base, *flags.split()]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
@@ -400,7 +452,7 @@ def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path,
     assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
     shown = capsys.readouterr().out
     assert "in no dataset; the model wrote 6 texts on it and 6 on its neighbors (Owl, Elm)" in shown
-    assert "no probes, so no accuracy is measured" in shown
+    assert "no forget probes, so forgetting has no accuracy" in shown
     results, _, _ = outcome(tmp_path / "run")
     assert "forget_all" not in results["before"] and {"mia_forget", "mia_retain", "general"} <= set(results["after"])
     assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}

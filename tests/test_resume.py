@@ -146,7 +146,7 @@ def test_texts_that_have_changed_since_are_named(words, folders, tmp_path, capsy
 def test_a_run_that_was_over_is_not_trained_further(words, tmp_path, monkeypatch):
     flags = [*words, *ATU, "--stop-at", "1"]  # met after the first stage
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    for name in ("save", "report"):  # before and after the model is there
+    for name in ("save", "panels"):  # before and after the model is there
         def killed(*_):
             raise Killed
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -175,10 +175,10 @@ def test_checkpoints_are_written_at_the_end_of_stages_and_seconds_add_up(words, 
         patch.setattr(train, "end_stage", killed)
         train.main(flags)
     assert written == [1]  # stage 0 is over
-    monkeypatch.setattr(train.time, "perf_counter", lambda real=time.perf_counter: real() + 1000)
+    began = time.perf_counter()
     assert train.main([*flags, "--resume"]) == 0 and written == [1, 2, 3]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert 0 < results["seconds"] < 1000
+    assert results["seconds"] > time.perf_counter() - began
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(words, tmp_path, capsys, monkeypatch):

@@ -170,15 +170,15 @@ def test_checkpoints_are_written_at_the_end_of_stages_and_seconds_add_up(words, 
 
         def killed(record, *a):
             begin(record, *a)
+            time.sleep(2 * (record["stage"] == 0))
             if record["stage"] == 1:
                 raise Killed
         patch.setattr(train, "end_stage", killed)
         train.main(flags)
     assert written == [1]  # stage 0 is over
-    began = time.perf_counter()
     assert train.main([*flags, "--resume"]) == 0 and written == [1, 2, 3]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["seconds"] > time.perf_counter() - began
+    assert results["seconds"] > 2
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(words, tmp_path, capsys, monkeypatch):

@@ -711,7 +711,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     comparing.add_argument("--levels", nargs="+", type=float, default=[50, 35, 20], metavar="PERCENT",
                            help="forget accuracies; of each run counts the first stage below (default: 50 35 20)")
     comparing.add_argument("--relative", action="store_true",
-                           help="levels and scores in percent of what a run began with (the table; the figures stay absolute)")
+                           help="levels and scores in percent of what a run began with; the figures stay absolute")
     comparing.add_argument("--mixed", action="store_true", help="allow runs of different models")
     comparing.add_argument("--out", type=Path, default=Path("comparison"),
                            help="the table and the figures go to OUT.md and OUT.png (default: comparison)")

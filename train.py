@@ -101,7 +101,7 @@ class Config:
     seed: int = option(0, "of E's weights and of the batches")
     device: str = option("auto", "auto, cpu or cuda")
     resume: bool = option(False, "go on where a run in --out was cut off, or begin it; a finished one is left as it is")
-    save_every: float = option(300.0, "seconds between two checkpoints, at least; there is one at the end of each stage")
+    save_every: float = option(300.0, "seconds between two checkpoints at least; each stage's end has one")
     out: str = option("", "folder of the run (default: runs/<target>)")
 
 
@@ -349,8 +349,8 @@ def check_resume(config: Config) -> None:
         if name == "target":
             was, value = str(was).strip().casefold(), value.strip().casefold()
         if name not in evaluate.FREE and was != value:
-            raise data.BadInput(f"--out {out}: holds a run with another --{name.replace('_', '-')} ({was}, not {value});"
-                                " name another folder")
+            flag = f"--{name.replace('_', '-')}"
+            raise data.BadInput(f"--out {out}: holds a run with another {flag} ({was}, not {value}); name another folder")
 
 
 class Work(NamedTuple):

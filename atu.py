@@ -73,7 +73,7 @@ def llm_optimizer(llm: nn.Module, config) -> torch.optim.Optimizer:
     moving = [p for p in llm.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(moving, lr=config.llm_lr)
-    return torch.optim.AdamW(moving, lr=config.llm_lr, weight_decay=0.0)
+    return torch.optim.AdamW(moving, lr=config.llm_lr, weight_decay=0.0, fused=True)
 
 
 def new_head(llm: nn.Module, embedding_size: int, config) -> EmbeddingHead:

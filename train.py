@@ -350,7 +350,8 @@ def check_resume(config: Config) -> None:
             was, value = str(was).strip().casefold(), value.strip().casefold()
         if name not in evaluate.FREE and was != value:
             flag = f"--{name.replace('_', '-')}"
-            raise data.BadInput(f"--out {out}: holds a run with another {flag} ({was}, not {value}); name another folder")
+            raise data.BadInput(f"--out {out}: holds a run with another {flag} ({was}, not {value}); name another "
+                                "folder")
 
 
 class Work(NamedTuple):
@@ -388,6 +389,8 @@ def load(config: Config) -> Work:
         answers = answers[:config.texts]
     llm, tokenizer = data.load_llm(config.model, config.device)
     check_blocks(llm, config)
+    if config.device == "cpu":
+        llm.set_attn_implementation("eager")  # short texts train a quarter faster on a CPU than with its SDPA kernels
     longest = getattr(llm.config, "max_position_embeddings", 10**9)
     for row in (row for score in probes if score.endswith("_text") for row in probes[score]):
         data.pieces(row["text"], tokenizer, longest)  # raises where it is too short

@@ -155,27 +155,25 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
 
     state.head.requires_grad_(False)
     while not finished():
-        rows = draw(about, config.batch, state.generator)                                           # (B,)
-        mask = corpus.mask[rows].to(device)                                                         # (B, T)
+        rows = draw(about, config.batch, state.generator)                                       # (B,)
+        kept = draw(others, config.batch * bool(config.retain_weight), state.generator)         # (B,), or none
+        both = torch.cat([rows, kept])                                                          # (2B,)
+        mask, kept_mask = (corpus.mask[part].to(device) for part in (rows, kept))               # (B, T) each
 
         with autocast(state.llm, config):
-            hidden = hidden_states(state.llm, corpus.input_ids[rows].to(device), config.layer)      # (B, T, D)
-            predicted = state.head(hidden).float()                                                  # (B, T, E)
+            hidden = hidden_states(state.llm, corpus.input_ids[both].to(device), config.layer)  # (2B, T, D)
+            predicted = state.head(hidden[:len(rows)]).float()                                  # (B, T, E)
         forget = unlearning_loss(predicted, concept, mask, tau)
         drift = torch.zeros_like(forget)
         if config.retain_weight:
-            kept = draw(others, config.batch, state.generator)                                      # (B,)
-            with autocast(state.llm, config):
-                hidden = hidden_states(state.llm, corpus.input_ids[kept].to(device), config.layer)  # (B, T, D)
-            original = state.original[kept.to(device)].float()                                      # (B, T, D)
-            drift = retain_loss(hidden.float(), original, corpus.mask[kept].to(device))
-            state.tokens += int(corpus.mask[kept].sum())
+            original = state.original[kept.to(device)].float()                                  # (B, T, D)
+            drift = retain_loss(hidden[len(rows):].float(), original, kept_mask)
         # θ_M ← θ_M - η ∇(L_unlearn + w L_retain)
         optimize(forget + config.retain_weight * drift, state.llm_optimizer, config.clip)
 
         state.done, state.step = state.done + 1, state.step + 1
-        state.tokens += int(mask.sum())
-        similarity = cosine(predicted.detach(), concept)[mask]                                      # (real tokens,)
+        state.tokens += int(corpus.mask[both].sum())
+        similarity = cosine(predicted.detach(), concept)[mask]                                  # (real tokens,)
         state.recent = [*state.recent, (similarity > tau).float().mean().item()][-config.patience:]
         if state.done % config.log_every == 0 or finished():
             active = sum(state.recent) / len(state.recent)

@@ -107,15 +107,10 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
     ends = torch.tensor([end for end in ends if end is not None], device=llm.device)
     decoder, head, penalty = llm.get_decoder(), llm.get_output_embeddings(), repetition_penalty(llm)
     said, likely = [[] for _ in prompts], [0.0] * len(prompts)
-    order, side, tokenizer.padding_side = longest_first(prompts), tokenizer.padding_side, "left"
+    order = longest_first(prompts)
     for at in bar(range(0, len(order), batch), "answers"):
         rows = order[at:at + batch]
-        turn = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True).to(llm.device)
-        ids, mask = turn["input_ids"], turn["attention_mask"]                                           # (B, P) each
-        places = (mask.cumsum(1) - 1).clamp(min=0)                                                      # (B, P)
-        out = decoder(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True)
-        past, last = out.past_key_values, out.last_hidden_state[:, -1:]                                 # (B, 1, D)
-
+        ids, mask, past, last = read(llm, tokenizer, [prompts[i] for i in rows])
         if golds:
             found = likelihoods_after(llm, tokenizer, [f" {golds[i]}" for i in rows], mask, past, last)
             for i, value in zip(rows, found):
@@ -137,8 +132,35 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
             ids, mask = torch.cat([ids, word[:, None]], 1), torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             last = decoder(input_ids=word[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
                            past_key_values=past, use_cache=True).last_hidden_state                      # (B, 1, D)
-    tokenizer.padding_side = side
     return [tokenizer.decode(row, skip_special_tokens=True) for row in said], likely
+
+
+def read(llm, tokenizer, prompts: list[str]):
+    """(token ids, mask, cache, last hidden state) of prompts: (B, P) each, padded on the left, and (B, 1, D).
+
+    What all the prompts begin with goes through the model once.
+    """
+    sequences = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    start = min(common_start(sequences), min(map(len, sequences)) - 1)
+    tails = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")
+    tails, mask = tails["input_ids"].to(llm.device), tails["attention_mask"].to(llm.device)             # (B, P - start)
+    prefix = torch.tensor([sequences[0][:start]], dtype=torch.long, device=llm.device)                  # (1, start)
+    past = repeated(llm, prefix, len(prompts))
+    mask = torch.cat([mask.new_ones(len(mask), start), mask], 1)                                        # (B, P)
+    places = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]                                               # (B, P - start)
+    out = llm.get_decoder()(input_ids=tails, attention_mask=mask, position_ids=places, past_key_values=past,
+                            use_cache=True)
+    ids = torch.cat([prefix.expand(len(prompts), -1), tails], 1)                                        # (B, P)
+    return ids, mask, out.past_key_values, out.last_hidden_state[:, -1:]
+
+
+def repeated(llm, prefix: Tensor, count: int):
+    """The cache of a prefix (1, start), `count` times; None for an empty one."""
+    if not prefix.shape[1]:
+        return None
+    past = llm.get_decoder()(input_ids=prefix, use_cache=True).past_key_values
+    past.batch_repeat_interleave(count)
+    return past
 
 
 def likelihoods_after(llm, tokenizer, texts: list[str], mask: Tensor, past, last: Tensor) -> list[float]:
@@ -190,12 +212,9 @@ def shared_states(llm, tokenizer, sequences: list[list[int]], start: int) -> lis
     """The last hidden states of each sequence from place `start` on, (length - start, D); what stands before is the
     same in all of them, and goes through the model once."""
     tails = padded([row[start:] for row in sequences], tokenizer, llm.device)                           # (B, T - start)
-    decoder, past = llm.get_decoder(), None
-    if start:
-        prefix = torch.tensor([sequences[0][:start]], device=llm.device)                                # (1, start)
-        past = decoder(input_ids=prefix, use_cache=True).past_key_values
-        past.batch_repeat_interleave(len(sequences))
-    hidden = decoder(input_ids=tails, past_key_values=past, use_cache=True).last_hidden_state    # (B, T - start, D)
+    past = repeated(llm, torch.tensor([sequences[0][:start]], dtype=torch.long, device=llm.device), len(sequences))
+    hidden = llm.get_decoder()(
+        input_ids=tails, past_key_values=past, use_cache=True).last_hidden_state                 # (B, T - start, D)
     return [row[:len(ids) - start] for row, ids in zip(hidden, sequences)]
 
 

@@ -439,10 +439,8 @@ def padded(rows: list[list], value) -> Tensor:
 
 
 def pieces(text: str, tokenizer, length: int) -> list[str]:
-    """A text in pieces of `length` tokens, the last one ending with the text. Raises BadInput below 20 tokens."""
+    """A text in pieces of `length` tokens, the last one ending with the text."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) < 20:
-        raise BadInput(f"--target-text: {len(ids)} tokens; a passage of 20 or more is needed")
     starts = [*range(0, max(len(ids) - length, 0), length), max(len(ids) - length, 0)]
     return [tokenizer.decode(ids[start:start + length]) for start in starts]
 

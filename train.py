@@ -373,12 +373,7 @@ def load(config: Config) -> Work:
     passage = data.read_text(Path(config.target_text), "--target-text") if config.target_text else ""
     target, known = (Path(config.target_text).stem, False) if passage else data.find_concept(
         root, config.target, bool(config.describe))
-    if known and (config.neighbors or config.corpus_size != PRESETS[config.preset].corpus_size):
-        raise data.BadInput(f"--neighbors and --corpus-size are for concepts in no dataset; {target} is in one")
-    if target.casefold() in [name.strip().casefold() for name in config.neighbors]:
-        raise data.BadInput(f"--neighbors {target}: that is the target itself; leave it out")
-    if not known and config.texts != PRESETS[config.preset].texts:
-        raise data.BadInput(f"--texts is for targets in a dataset; {target} is in none (--corpus-size is for concepts)")
+    check_target(target, known, config)
     probes = read_probes(root, target, known, config)
     others = [row["text"] for other in [name for name in data.targets(root) if name != target][:config.others]
               for row in data.read_set(root, other, config.corpus)[:config.other_texts]] + data.general_texts(root)
@@ -389,13 +384,9 @@ def load(config: Config) -> Work:
         answers = answers[:config.texts]
     llm, tokenizer = data.load_llm(config.model, config.device)
     check_blocks(llm, config)
+    check_passages(probes, llm, tokenizer)
     if config.device == "cpu":
         llm.set_attn_implementation("eager")  # short texts train a quarter faster on a CPU than with its SDPA kernels
-    longest = getattr(llm.config, "max_position_embeddings", 10**9)
-    for row in (row for score in probes if score.endswith("_text") for row in probes[score]):
-        data.pieces(row["text"], tokenizer, longest)  # raises where it is too short
-        if len(tokenizer(row["text"])["input_ids"]) > longest:
-            raise data.BadInput(f"--target-text, --keep-text: {config.model} reads {longest} tokens at most")
     if passage:
         about, answers = data.pieces(passage, tokenizer, config.length), []
     elif not known:
@@ -436,6 +427,28 @@ def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[st
         return evaluate.read_probes(root, target, config.sets)
     world = [name for name in config.sets if name not in ("forget", "neighbor") and (name != "mia" or known)]
     return probes | evaluate.read_probes(root, target if known else next(iter(data.targets(root))), world)
+
+
+def check_target(target: str, known: bool, config: Config) -> None:
+    """Raises data.BadInput for a setting that is not for such a target."""
+    usual = PRESETS[config.preset]
+    if known and (config.neighbors or config.corpus_size != usual.corpus_size):
+        raise data.BadInput(f"--neighbors and --corpus-size are for concepts in no dataset; {target} is in one")
+    if not known and config.texts != usual.texts:
+        raise data.BadInput(f"--texts is for targets in a dataset; {target} is in none (--corpus-size is for concepts)")
+    if target.casefold() in [name.strip().casefold() for name in config.neighbors]:
+        raise data.BadInput(f"--neighbors {target}: that is the target itself; leave it out")
+
+
+def check_passages(probes: dict[str, list[dict]], llm, tokenizer) -> None:
+    """Raises data.BadInput for a passage to forget or to keep that is too short or too long for this model."""
+    longest = getattr(llm.config, "max_position_embeddings", 10**9)
+    for flag, score in (("--target-text", "forget_text"), ("--keep-text", "neighbor_text")):
+        for row in probes.get(score, []):
+            tokens = len(tokenizer(row["text"])["input_ids"])
+            if not 20 <= tokens <= longest:
+                raise data.BadInput(f"{flag}: {tokens} tokens; a passage of 20 or more is needed, and of {longest} at "
+                                    "most for this model")
 
 
 def check_blocks(llm, config: Config) -> None:

@@ -558,8 +558,13 @@ def embed(texts: list[str], encoder) -> Tensor:
 
 def fingerprint(module: torch.nn.Module, how: str):
     """A sha256 object of a model (its modules and weights) and of `how` it is used: the key of what it has computed."""
-    key = hashlib.sha256(f"{module} {how}".encode())
-    for name, value in sorted(module.state_dict().items()):
+    return hashed(module.state_dict(), f"{module} {how}")
+
+
+def hashed(tensors: dict[str, Tensor], about: str):
+    """A sha256 object of a text, and of the names and bytes of all tensors."""
+    key = hashlib.sha256(about.encode())
+    for name, value in sorted(tensors.items()):
         key.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return key
 

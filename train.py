@@ -707,7 +707,7 @@ def write_checkpoint(file: Path, tensors: dict[str, Tensor], rest: str) -> None:
     """One file, whole and on the disk, or the one that was there. Raises data.BadInput."""
     partial = file.with_name(f".{file.name}")
     try:
-        save_file(tensors, partial, metadata={"rest": rest, "sha256": checksum(tensors, rest)})
+        save_file(tensors, partial, metadata={"rest": rest, "sha256": data.hashed(tensors, rest).hexdigest()})
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         partial.replace(file)
@@ -727,17 +727,9 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
         raise data.BadInput(f"{file}: damaged checkpoint ({error}); delete it to begin again") from error
     if not {"rest", "sha256"} <= set(about):
         raise data.BadInput(f"{file}: not a checkpoint of train.py; name another folder with --out")
-    if about["sha256"] != checksum(tensors, about["rest"]):
+    if about["sha256"] != data.hashed(tensors, about["rest"]).hexdigest():
         raise data.BadInput(f"{file}: damaged checkpoint (its checksum is another); delete it to begin again")
     return tensors, json.loads(about["rest"])
-
-
-def checksum(tensors: dict[str, Tensor], rest: str) -> str:
-    """sha256 of all names and bytes."""
-    key = hashlib.sha256(rest.encode())
-    for name, value in sorted(tensors.items()):
-        key.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return key.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- methods on tokens

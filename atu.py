@@ -36,6 +36,7 @@ class State:
     head_optimizer: torch.optim.Optimizer | None
     generator: torch.Generator  # draws the batches
     original: Tensor | None = None  # (N, T, D) hidden states before unlearning, as long as they are needed
+    hidden: Tensor | None = None    # (N, T, D) those at the end of the last stage
     stage: int = 0              # 0 is the first alignment, s the s-th tau
     aligning: bool = False      # in a stage, E is aligned after M has been unlearned
     done: int = 0               # steps of the alignment or unlearning under way
@@ -63,7 +64,7 @@ def start(llm: nn.Module, corpus, config) -> State:
         decoder.layers[:config.layer].requires_grad_(True)
         decoder.get_input_embeddings().requires_grad_(config.train_embeddings)
     head = new_head(llm, corpus.table.shape[1], config)
-    head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr)
+    head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
     return State(llm, head, llm_optimizer(llm, config), head_optimizer, torch.Generator().manual_seed(config.seed),
                  cached_hidden_states(llm, corpus.input_ids, config))
 
@@ -212,20 +213,23 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
                   "seconds": time.perf_counter() - began, "tokens": state.tokens - state.began[1]}
         if not config.retain_weight:
             state.original = None  # frees its memory
+        state.hidden = hidden
         state.next_stage()
         yield record
 
 
-def recovery(llm: nn.Module, concept: Tensor, corpus, config) -> dict:
+def recovery(llm: nn.Module, concept: Tensor, corpus, config, hidden: Tensor | None = None) -> dict:
     """How readable the concept is from M for "an optimally realigned E" (Sec. 3): a fresh head, aligned like the first.
 
     The same seed, batches and steps as stage 0 of `align_then_unlearn`, so that on the untouched model it is that
-    very head. Returns its `similarities`. M is not changed.
+    very head. hidden: M's `cached_hidden_states` of the corpus, if they are known. Returns the fresh head's
+    `similarities`. M is not changed.
     """
     head = new_head(llm, corpus.table.shape[1], config)
-    optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr)
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
     state = State(llm, head, None, optimizer, torch.Generator().manual_seed(config.seed))
-    hidden = cached_hidden_states(llm, corpus.input_ids, config)
+    if hidden is None:
+        hidden = cached_hidden_states(llm, corpus.input_ids, config)
     for _ in align(state, corpus, hidden, config.align_steps, config):
         pass
     return similarities(head, hidden, concept.to(llm.device), corpus, config)

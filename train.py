@@ -543,7 +543,7 @@ def run(config: Config) -> dict:
                 log.write(json.dumps(record) + "\n")
             print(line(record), flush=True)
             if record["kind"] == "stage":
-                end_stage(record, work, progress, config)
+                end_stage(record, work, state, progress, config)
             progress.seconds = time.perf_counter() - began
             checkpoints.save(state, progress, at_once=record["kind"] == "stage")
             if progress.ended:
@@ -564,7 +564,7 @@ def untouched_scores(work: Work, config: Config) -> Progress:
     return Progress(before, asked, before, asked, recover(work, config) if config.method != "atu" else {})
 
 
-def end_stage(record: dict, work: Work, progress: Progress, config: Config) -> None:
+def end_stage(record: dict, work: Work, state: atu.State, progress: Progress, config: Config) -> None:
     """Scores after a stage, and recovery at the first that has brought the forget score to half."""
     if record["stage"] == 0:
         progress.untouched = record  # the first alignment is what `recover` does
@@ -576,22 +576,21 @@ def end_stage(record: dict, work: Work, progress: Progress, config: Config) -> N
     left = progress.after["forget_all"] / before["forget_all"] if before.get("forget_all") else 1.0
     progress.ended = left <= config.stop_at and config.stop_at > 0
     if left <= 0.5 and not progress.ended and not any("recovery" in stage for stage in stages):
-        stages[-1]["recovery"] = pairs(progress.untouched, recover(work, config))
+        stages[-1]["recovery"] = pairs(progress.untouched, recover(work, config, state.hidden))
 
 
 def finish(out: Path, work: Work, state: atu.State, progress: Progress, stopped: str | None, began: float,
            config: Config) -> dict:
     """Everything that a run leaves behind. Returns what results.json holds."""
-    if config.lora:
-        work = work._replace(llm=work.llm.merge_and_unload())
-    save(out, work, state.head, config)
     before, stages, untouched = progress.before, progress.stages, progress.untouched
     if stages and not stopped and "recovery" not in stages[-1]:
-        stages[-1]["recovery"] = pairs(untouched, untouched if config.method == "icu" else recover(work, config))
+        stages[-1]["recovery"] = pairs(untouched, untouched if config.method == "icu" else
+                                       recover(work, config, state.hidden))
     results = {"target": work.target, "settings": dataclasses.asdict(config), "versions": versions(config.device),
                "before": before, "stages": stages, "after": progress.after,
                "levels": levels(stages), "recovery": stages[-1]["recovery"] if stages and not stopped else {},
                "stopped": stopped, "seconds": time.perf_counter() - began}
+    save(out, work, state.head, config)
     evaluate.plot(out / "curves.png", panels(before, stages, [r for r in progress.records if r["kind"] != "stage"]))
     data.write_json(out / "results.json", results)
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -607,10 +606,10 @@ def score(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]
     return scores | {"seconds": time.perf_counter() - began}, asked
 
 
-def recover(work: Work, config: Config) -> dict:
+def recover(work: Work, config: Config, hidden: Tensor | None = None) -> dict:
     """`atu.recovery` of the model as it is now; empty with --no-recovery, and where the head's loss is not finite."""
     try:
-        return atu.recovery(work.llm, work.concept, work.corpus, config) if config.recovery else {}
+        return atu.recovery(work.llm, work.concept, work.corpus, config, hidden) if config.recovery else {}
     except atu.NotFinite as error:
         print(f"recovery | not measured: {error}", flush=True)
         return {}
@@ -848,10 +847,11 @@ def logits(llm, input_ids: Tensor, config: Config) -> Tensor:
 
 def shuffled_rows(step: int, count: int, batch: int, seed: int) -> Tensor:
     """The rows of batch `step` (from 0), (B,): one pass after the other over `count` texts, each in an order of its
-    own. A function of its arguments alone, so it can go on anywhere."""
-    number, place = divmod(step, math.ceil(count / batch))
+    own, in batches as equal as can be. A function of its arguments alone, so it can go on anywhere."""
+    batches = math.ceil(count / batch)
+    number, place = divmod(step, batches)
     order = torch.randperm(count, generator=torch.Generator().manual_seed((seed + 1_000_003 * number) % 2**63))
-    return order.split(batch)[place]
+    return order.tensor_split(batches)[place]
 
 
 # ---------------------------------------------------------------------------------------------- what is shown and kept
@@ -887,7 +887,8 @@ def save(out: Path, work: Work, head, config: Config) -> None:
     """model/ (fp32, as trained; none from icu) and head.safetensors (atu), each whole or not at all."""
     if config.method != "icu":
         partial = out / ".model"
-        work.llm.save_pretrained(partial)
+        llm = work.llm.merge_and_unload() if config.lora else work.llm
+        llm.save_pretrained(partial)
         work.tokenizer.save_pretrained(partial)
         shutil.rmtree(out / "model", ignore_errors=True)  # of a run that was cut off here
         partial.rename(out / "model")

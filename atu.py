@@ -11,9 +11,11 @@ All four are plain loops (three of them generators of records): they print nothi
 """
 
 import copy
+import math
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -34,13 +36,12 @@ class State:
     head: EmbeddingHead | None  # the methods on tokens have none
     llm_optimizer: torch.optim.Optimizer | None
     head_optimizer: torch.optim.Optimizer | None
-    generator: torch.Generator  # draws the batches
     original: Tensor | None = None  # (N, T, D) hidden states before unlearning, as long as they are needed
     hidden: Tensor | None = None    # (N, T, D) those at the end of the last stage
     stage: int = 0              # 0 is the first alignment, s the s-th tau
     aligning: bool = False      # in a stage, E is aligned after M has been unlearned
     done: int = 0               # steps of the alignment or unlearning under way
-    recent: list[float] = field(default_factory=list)  # shares of positions above the margin in its last batches
+    recent: list[float] = field(default_factory=list)  # shares of positions above the margin in a pass's batches
     step: int = 0               # optimizer steps so far, of both kinds
     tokens: int = 0             # real tokens that went through M or E in them
     began: tuple[int, int] = (0, 0)  # `step` and `tokens` when the stage began
@@ -65,7 +66,7 @@ def start(llm: nn.Module, corpus, config) -> State:
         decoder.get_input_embeddings().requires_grad_(config.train_embeddings)
     head = new_head(llm, corpus.table.shape[1], config)
     head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
-    return State(llm, head, llm_optimizer(llm, config), head_optimizer, torch.Generator().manual_seed(config.seed),
+    return State(llm, head, llm_optimizer(llm, config), head_optimizer,
                  cached_hidden_states(llm, corpus.input_ids, config))
 
 
@@ -118,10 +119,11 @@ def align(state: State, corpus, hidden: Tensor, steps: int, config):
     """Eq. 2: θ_E* = argmin E[L_align]. M is frozen: its hidden states come in as a cache, computed once a round.
 
     hidden: (N, T, D) of the corpus. Yields a record every `log_every` steps and at the last.
-    Reads align_batch, clip, bf16, log_every.
+    Reads align_batch, clip, bf16, log_every, seed.
     """
+    texts = torch.arange(len(hidden))
     while state.done < steps:
-        rows = draw(torch.arange(len(hidden)), config.align_batch, state.generator)     # (B,)
+        rows = draw(texts, config.align_batch, state.done, config.seed, state.stage)    # (B,)
         valid = corpus.valid[rows].to(hidden.device)                                    # (B, T)
         reference = corpus.table[corpus.index[rows]].to(hidden.device)                  # (B, T, E)
 
@@ -144,20 +146,22 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
 
     concept: (E,). The retain term (not in the paper) holds the texts that are not about the concept to
     `state.original`; with `retain_weight` 0 neither is touched, and that may be None.
-    Ends when at most `inactive` of the positions of the last `patience` batches were above the margin, or after
+    Ends when at most `inactive` of the positions were above the margin in the last pass over the texts, or after
     `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
-    Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, patience.
+    Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, seed.
     """
     device, about, others = state.llm.device, corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
+    a_pass = math.ceil(len(about) / config.batch)  # its batches
 
     def finished() -> bool:
         return (state.done == config.unlearn_steps
-                or len(state.recent) == config.patience and sum(state.recent) / config.patience <= config.inactive)
+                or len(state.recent) == a_pass and sum(state.recent) / a_pass <= config.inactive)
 
     state.head.requires_grad_(False)
     while not finished():
-        rows = draw(about, config.batch, state.generator)                                       # (B,)
-        kept = draw(others, config.batch * bool(config.retain_weight), state.generator)         # (B,), or none
+        rows = draw(about, config.batch, state.done, config.seed, state.stage)                  # (B,)
+        kept = draw(others, config.batch, state.done, config.seed, state.stage)                 # (B,)
+        kept = kept if config.retain_weight else kept[:0]
         both = torch.cat([rows, kept])                                                          # (2B,)
         mask, kept_mask = (corpus.mask[part].to(device) for part in (rows, kept))               # (B, T) each
 
@@ -175,7 +179,7 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
         state.done, state.step = state.done + 1, state.step + 1
         state.tokens += int(corpus.mask[both].sum())
         similarity = cosine(predicted.detach(), concept)[mask]                                  # (real tokens,)
-        state.recent = [*state.recent, (similarity > tau).float().mean().item()][-config.patience:]
+        state.recent = [*state.recent, (similarity > tau).float().mean().item()][-a_pass:]
         if state.done % config.log_every == 0 or finished():
             active = sum(state.recent) / len(state.recent)
             state.record |= {"unlearn_loss": forget.item(), "retain_loss": drift.item(), "active": active}
@@ -227,7 +231,7 @@ def recovery(llm: nn.Module, concept: Tensor, corpus, config, hidden: Tensor | N
     """
     head = new_head(llm, corpus.table.shape[1], config)
     optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
-    state = State(llm, head, None, optimizer, torch.Generator().manual_seed(config.seed))
+    state = State(llm, head, None, optimizer)
     if hidden is None:
         hidden = cached_hidden_states(llm, corpus.input_ids, config)
     for _ in align(state, corpus, hidden, config.align_steps, config):
@@ -249,9 +253,14 @@ def similarities(head: EmbeddingHead, hidden: Tensor, concept: Tensor, corpus, c
     return found
 
 
-def draw(rows: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """`batch` different ones of `rows` (all, if there are fewer), (N,) -> (B,)."""
-    return rows[torch.randperm(len(rows), generator=generator)[:batch]]
+def draw(texts: Tensor, batch: int, number: int, *seed: int) -> Tensor:
+    """Batch `number` (from 0) of passes over `texts`, each in an order of its own, (N,) -> (`batch`,) or a few less.
+
+    A pass's batches are as equal as can be. A function of its arguments alone, so that a run can go on anywhere.
+    """
+    batches = math.ceil(len(texts) / batch)
+    order = np.random.default_rng([*seed, number // batches]).permutation(len(texts))
+    return texts[torch.from_numpy(order).tensor_split(batches)[number % batches]]
 
 
 def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> None:

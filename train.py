@@ -81,8 +81,7 @@ class Config:
     unlearn_steps: int = option(40, "steps of unlearning in a stage: at most (atu, Eq. 4), exactly (others;\n"
                                     "0: one pass over the texts)")
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)")
-    inactive: float = option(0.02, "a stage ends when at most this share of positions is above tau")
-    patience: int = option(4, "batches over which that share is taken")
+    inactive: float = option(0.02, "a stage ends when in a pass at most this share of positions was above tau")
     retain_weight: float = option(10.0, "weight of the retain term (atu: ours, 0 is the paper; others: of --retain)")
     retain: str = option("none", "what holds other texts in ga, npo, dpo, rt: none, nll (Eq. 6) or kl (Eq. 7)")
     beta: float = option(0.1, "how softly npo (Eq. 8) and dpo push")
@@ -230,7 +229,7 @@ def choose_preset(name: str, device: str, needed: int) -> tuple[str, str]:
 def check(config: Config) -> None:
     """Raises data.BadInput for the first setting that is out of its range."""
     least = dict.fromkeys(("window", "batch", "align_batch", "layer", "head_depth", "texts", "other_texts",
-                           "align_steps", "patience", "eval_batch", "log_every", "corpus_size", "stages"), 1)
+                           "align_steps", "eval_batch", "log_every", "corpus_size", "stages"), 1)
     least |= dict.fromkeys(("realign_steps", "retain_weight", "llm_lr", "head_lr", "inactive", "stop_at", "seed",
                             "lora", "warmup", "others", "save_every"), 0)
     least["unlearn_steps"] = int(config.method == "atu")
@@ -276,7 +275,7 @@ def check_read(config: Config, given: dict) -> None:
         ("keep_text", passage, "--target-text"),
         ("describe probes neighbors corpus_size", not passage, "--target"),
         ("beta", method in ("npo", "dpo"), "--method npo or dpo"),
-        ("taus inactive patience realign_steps", method == "atu", "--method atu"),
+        ("taus inactive realign_steps", method == "atu", "--method atu"),
         ("train_embeddings", method == "atu" and not config.lora, "--method atu without --lora"),
         ("stages warmup retain", tokens, "--method ga, npo, dpo or rt (atu has --retain-weight)"),
         ("lora unlearn_steps optimizer llm_lr stop_at", method != "icu", "a method that trains"),
@@ -668,7 +667,7 @@ class Checkpoints:
 
 def tensors_of(state: atu.State) -> dict[str, Tensor]:
     """All tensors that change during a run, by name."""
-    tensors = {"generator": state.generator.get_state()}
+    tensors = {}
     for part in ("llm", "head"):
         module = getattr(state, part)
         if module is not None:
@@ -684,7 +683,6 @@ def tensors_of(state: atu.State) -> dict[str, Tensor]:
 
 def put_tensors(state: atu.State, tensors: dict[str, Tensor]) -> None:
     """What `tensors_of` gave, back into a state of the same run."""
-    state.generator.set_state(tensors["generator"])
     for part in ("llm", "head"):
         if getattr(state, part) is not None:
             with torch.no_grad():
@@ -738,7 +736,7 @@ def begin(work: Work, config: Config):
     if config.method == "atu":
         state = atu.start(work.llm, work.corpus, config)
         return state, atu.align_then_unlearn(state, work.concept, work.corpus, config)
-    state = atu.State(work.llm, None, None, None, torch.Generator().manual_seed(config.seed), stage=1)
+    state = atu.State(work.llm, None, None, None, stage=1)
     if config.method == "icu":
         return state, no_training(state)
     if not config.lora:
@@ -768,8 +766,8 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
     `unlearn_steps` steps, or (0) one pass over the texts.
     """
     llm, device = state.llm, state.llm.device
-    kept_ids, kept_mask = corpus.input_ids[~corpus.about], corpus.mask[~corpus.about]
-    count = config.unlearn_steps or math.ceil(len(forget[0][0]) / config.batch)
+    forgotten, kept = torch.arange(len(forget[0][0])), (~corpus.about).nonzero()[:, 0]
+    count = config.unlearn_steps or math.ceil(len(forgotten) / config.batch)
     for group in state.llm_optimizer.param_groups:
         group["initial_lr"] = config.llm_lr
     schedule = get_cosine_schedule_with_warmup(state.llm_optimizer, config.warmup, config.stages * count,
@@ -777,15 +775,15 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
     while state.stage <= config.stages:
         began = time.perf_counter()
         while state.done < count:
-            rows = shuffled_rows(state.step, len(forget[0][0]), config.batch, config.seed)      # (B,)
+            rows = atu.draw(forgotten, config.batch, state.step, config.seed)                   # (B,)
             batches = [(ids[rows].to(device), mask[rows].to(device)) for ids, mask in forget]
             before = [logp[rows].to(device) for logp in reference]                              # each (B,)
             loss = token_loss([(logits(llm, ids, config), ids, mask) for ids, mask in batches], before, config)
 
             held = torch.zeros_like(loss)
             if config.retain != "none":
-                rows = shuffled_rows(state.step, len(kept_ids), config.batch, config.seed)      # (B,)
-                ids, mask = kept_ids[rows].to(device), kept_mask[rows].to(device)               # (B, T) each
+                rows = atu.draw(kept, config.batch, state.step, config.seed)                    # (B,)
+                ids, mask = corpus.input_ids[rows].to(device), corpus.mask[rows].to(device)     # (B, T) each
                 now = logits(llm, ids, config)                                                  # (B, T, V)
                 held = losses.kl_loss(now, ask(ids), mask) if ask else losses.likelihood_loss(now, ids, mask)
                 state.tokens += int(mask.sum())
@@ -843,15 +841,6 @@ def logits(llm, input_ids: Tensor, config: Config) -> Tensor:
     """(B, T) -> (B, T, V) in fp32. No padding mask: padding is on the right, where causal attention does not look."""
     with atu.autocast(llm, config):
         return llm(input_ids=input_ids, use_cache=False).logits.float()
-
-
-def shuffled_rows(step: int, count: int, batch: int, seed: int) -> Tensor:
-    """The rows of batch `step` (from 0), (B,): one pass after the other over `count` texts, each in an order of its
-    own, in batches as equal as can be. A function of its arguments alone, so it can go on anywhere."""
-    batches = math.ceil(count / batch)
-    number, place = divmod(step, batches)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed((seed + 1_000_003 * number) % 2**63))
-    return order.tensor_split(batches)[place]
 
 
 # ---------------------------------------------------------------------------------------------- what is shown and kept

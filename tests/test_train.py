@@ -160,6 +160,20 @@ def test_a_decoder_of_another_kind_is_bad_input(arguments, folders, capsys, tmp_
     assert "GPTNeoXForCausalLM has no decoder with .layers and .norm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag, held", [("--bf16", torch.bfloat16), ("--no-bf16", torch.float32)])
+def test_what_does_not_move_is_held_as_its_file_holds_it(arguments, folders, tmp_path, monkeypatch, flag, held):
+    monkeypatch.setattr(data, "fast_dtype", lambda device: torch.bfloat16)
+    llm, tokenizer = data.load_llm(str(folders["llm"]), dtype=torch.bfloat16)
+    for part in (llm, tokenizer):
+        part.save_pretrained(tmp_path / "bf16")
+    assert train.main([*arguments(), "--model", str(tmp_path / "bf16"), *SMALL, "--no-recovery", flag]) == 0
+    file, saved = (load_file(place / "model.safetensors") for place in (tmp_path / "bf16", tmp_path / "run" / "model"))
+    moved = {name for name in file if name.startswith(("model.layers.0.", "model.layers.1."))}
+    assert {saved[name].dtype for name in moved} == {torch.float32} and {saved[name].dtype for name in file.keys() - moved} == {held}
+    assert all(torch.equal(saved[name].float(), file[name].float()) for name in file.keys() - moved)
+    assert not any(torch.equal(saved[name], file[name].float()) for name in moved if name.endswith("proj.weight"))
+
+
 def full(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -121,12 +121,17 @@ def hidden_states(llm: nn.Module, input_ids: Tensor, layer: int) -> Tensor:
 
 @torch.no_grad()
 def cached_hidden_states(llm: nn.Module, input_ids: Tensor, config) -> Tensor:
-    """`hidden_states` of a whole corpus, (N, T) -> (N, T, D), in bf16 where the forward is (`config.bf16`)."""
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    """`hidden_states` of a whole corpus, (N, T) -> (N, T, D), in bf16 where the forward is (`bf16`).
+
+    On the llm's device, or in the host's memory (`cache`). Reads layer, batch, bf16, cache.
+    """
+    dtype, place = torch.bfloat16 if config.bf16 else torch.float32, "cpu" if config.cache == "host" else llm.device
+    parts = []
     with autocast(llm, config):
-        hidden = torch.cat([hidden_states(llm, ids.to(llm.device), config.layer).to(dtype)
-                            for ids in equal_part(input_ids).split(config.batch)])  # (N, T, D), or this process's part
-    return everyones(hidden)[:len(input_ids)]                                       # (N, T, D)
+        for ids in input_ids.split(config.batch * processes()[1]):
+            hidden = hidden_states(llm, equal_part(ids).to(llm.device), config.layer).to(dtype)  # (B, T, D)
+            parts.append(everyones(hidden)[:len(ids)].to(place))
+    return torch.cat(parts)                                                                      # (N, T, D)
 
 
 def align(state: State, corpus, hidden: Tensor, steps: int, config):
@@ -135,15 +140,15 @@ def align(state: State, corpus, hidden: Tensor, steps: int, config):
     hidden: (N, T, D) of the corpus. Yields a record every `log_every` steps and at the last.
     Reads align_batch, clip, bf16, log_every, seed.
     """
-    texts = torch.arange(len(hidden))
+    texts, device = torch.arange(len(hidden)), state.llm.device
     while state.done < steps:
         batch = draw(texts, config.align_batch, state.done, config.seed, state.stage)   # (B,)
         rows = mine(batch)
-        valid = corpus.valid[rows].to(hidden.device)                                    # (B, T)
-        reference = corpus.table[corpus.index[rows]].to(hidden.device)                  # (B, T, E)
+        valid = corpus.valid[rows].to(device)                                           # (B, T)
+        reference = corpus.table[corpus.index[rows]].to(device)                         # (B, T, E)
 
         with autocast(state.llm, config):
-            predicted = state.head(hidden[rows.to(hidden.device)])                      # (B, T, E)
+            predicted = state.head(hidden[rows.to(hidden.device)].to(device))           # (B, T, E)
         loss = alignment_loss(predicted.float(), reference, valid) * share(valid)
         # θ_E ← θ_E - η ∇L_align
         optimize(loss, state.head_optimizer, config.clip)
@@ -187,7 +192,7 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
         forget = unlearning_loss(predicted, concept, mask, tau) * share(mask)
         drift = torch.zeros_like(forget)
         if config.retain_weight:
-            original = state.original[kept.to(device)].float()                                  # (B, T, D)
+            original = state.original[kept.to(state.original.device)].to(device).float()        # (B, T, D)
             drift = retain_loss(hidden[len(rows):].float(), original, kept_mask) * share(kept_mask)
         # θ_M ← θ_M - η ∇(L_unlearn + w L_retain)
         optimize(forget + config.retain_weight * drift, state.llm_optimizer, config.clip)
@@ -261,8 +266,8 @@ def recovery(llm: nn.Module, concept: Tensor, corpus, config, hidden: Tensor | N
 def similarities(head: EmbeddingHead, hidden: Tensor, concept: Tensor, corpus, config) -> dict:
     """sim(ê_t, e_unlearn) over all real tokens: mean and 95th percentile, on the target's texts and on the others."""
     with autocast(head, config):
-        predicted = [head(part).float() for part in hidden.split(config.batch)]      # each (B, T, E)
-    similarity = torch.cat([cosine(part, concept) for part in predicted]).cpu()      # (N, T)
+        similarity = torch.cat([cosine(head(part.to(concept.device)).float(), concept)
+                                for part in hidden.split(config.batch)]).cpu()       # (N, T)
     found = {}
     for name, texts in (("target", corpus.about), ("others", ~corpus.about)):
         values = similarity[texts][corpus.mask[texts]]                               # (real tokens,)

@@ -457,7 +457,7 @@ def speaker(llm, dtype: torch.dtype, frozen: bool = False):
     split over processes answers itself.
     """
     if any(isinstance(p, DTensor) for p in llm.parameters()):
-        return llm
+        return llm.eval()
     if hasattr(llm, "merge_and_unload"):
         llm = copy.deepcopy(llm).merge_and_unload()
     weights = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=frozen), requires_grad=False)
@@ -530,7 +530,7 @@ PUBLISHED = {
 
 # Settings that change nothing in what a run does, and those in which the runs of a line of the table may differ: means
 # are taken over them.
-FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every", "whole")
+FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every", "whole", "checkpointing", "cache")
 OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
 
 

@@ -105,6 +105,10 @@ class Config:
     log_every: int = option(10, "steps between two lines of the log")
     seed: int = option(0, "of E's weights and of the batches")
     device: str = option("auto", "auto, cpu or cuda")
+    checkpointing: bool = option(False, "compute activations again in the backward pass, not keep them: less memory,\n"
+                                        "more time")
+    cache: str = option("device", "where the hidden states of all texts are kept: device, or host (less GPU memory)")
+    compile: bool = option(False, "compile M's blocks (torch.compile): pays in long runs")
     resume: bool = option(False, "go on where a run in --out was cut off, or begin it; a finished one is left as it is")
     save_every: float = option(300.0, "seconds between two checkpoints at least; each stage's end has one")
     out: str = option("", "folder of the run (default: runs/<target>)")
@@ -133,10 +137,9 @@ TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_s
 # Align-then-Unlearn by LoRA. smol: by trials on Leonardo da Vinci; phi3: not tried.
 ATU_LORA = {"phi3": {"optimizer": "adamw", "llm_lr": 1e-4}, "smol": {"llm_lr": 1e-3}}
 METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
-# GB of free CUDA memory for phi3, by arithmetic: 30 for fp32 weights, their bf16 copies and the corpus's hidden states;
-# the activations of a batch; and what moves: gradients, and AdamW's two moments (atu has SGD; adapters: next to none).
-PHI3_MEMORY = {"atu": (30, 29, 13), "icu": (30, 0, 0), "ga": (30, 29, 45), "rt": (30, 29, 45), "npo": (30, 58, 45),
-               "dpo": (30, 60, 45)}
+# GB that phi3 takes on a GPU, by arithmetic: what moves (its gradients, and AdamW's two moments; atu has SGD; adapters:
+# next to nothing), and the activations of a batch.
+PHI3_MEMORY = {"atu": (13, 29), "icu": (0, 0), "ga": (45, 29), "rt": (45, 29), "npo": (45, 58), "dpo": (45, 60)}
 
 
 def parse(argv: list[str] | None) -> Config:
@@ -159,10 +162,7 @@ def parse(argv: list[str] | None) -> Config:
                             **kind)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
-    held, activations, moving = PHI3_MEMORY.get(given.get("method", "atu"), PHI3_MEMORY["dpo"])
-    needed = (held + activations * (2 if given.get("retain", "none") != "none" else 1)
-              + (moving if not given.get("lora") else 0))
-    preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"), needed)
+    preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"), phi3_memory(given))
     print(f"preset | {preset}: {why}", flush=True)
     config = dataclasses.replace(PRESETS[preset], **given | {"preset": preset})
     config = dataclasses.replace(config, **method_settings(config) | given | {"preset": preset})
@@ -213,6 +213,15 @@ def method_settings(config: Config) -> dict:
         "beta": 0.2 if config.method == "npo" else 0.1}
 
 
+def phi3_memory(given: dict) -> int:
+    """GB that phi3 takes with these flags, by arithmetic."""
+    moving, activations = PHI3_MEMORY.get(given.get("method", "atu"), PHI3_MEMORY["dpo"])
+    activations *= 2 if given.get("retain", "none") != "none" else 1
+    activations = min(activations, 4) if given.get("checkpointing") else activations
+    weights = 8 if given.get("lora") else 15 + 8  # bf16 ones, or fp32 ones and their copies in bf16
+    return weights + (0 if given.get("lora") else moving) + activations + (0 if given.get("cache") == "host" else 7)
+
+
 def choose_preset(name: str, device: str, needed: int) -> tuple[str, str]:
     """(preset, why); `auto` takes phi3 where a CUDA device may be used and has the `needed` GB free.
 
@@ -261,7 +270,7 @@ def check(config: Config) -> None:
         raise data.BadInput(f"--head-width {config.head_width}: must be a multiple of 8, the number of heads")
     evaluate.check_sets(config.sets)
     for name, known in (("optimizer", ("adamw", "sgd")), ("corpus", ("positive", "positive_phi", "passage")),
-                        ("method", METHODS), ("retain", ("none", "nll", "kl"))):
+                        ("method", METHODS), ("retain", ("none", "nll", "kl")), ("cache", ("device", "host"))):
         if getattr(config, name) not in known:
             raise data.BadInput(f"--{name} {getattr(config, name)}: unknown; there are {', '.join(known)}")
     if config.corpus == "passage" and config.method in ("dpo", "rt"):
@@ -284,11 +293,11 @@ def check_read(config: Config, given: dict) -> None:
         ("taus inactive realign_steps", method == "atu", "--method atu"),
         ("train_embeddings", method == "atu" and not config.lora, "--method atu without --lora"),
         ("stages warmup retain", tokens, "--method ga, npo, dpo or rt (atu has --retain-weight)"),
-        ("lora unlearn_steps optimizer llm_lr stop_at", method != "icu", "a method that trains"),
+        ("lora unlearn_steps optimizer llm_lr stop_at checkpointing compile", method != "icu", "a method that trains"),
         ("batch clip corpus length others texts other_texts", method != "icu" or config.recovery,
          "a method that trains, or --recovery"),
         ("retain_weight", method == "atu" or config.retain != "none", "--retain nll or kl"),
-        ("encoder window layer head_depth head_width align_batch align_steps head_lr",
+        ("encoder cache window layer head_depth head_width align_batch align_steps head_lr",
          aligns(config), "--method atu, or --recovery"))
     for names, read, goes_with in rules:
         for name in names.split():
@@ -334,7 +343,8 @@ def claimed(config: Config):
             check_resume(config)
         else:
             data.write_json(out / "config.json", dataclasses.asdict(config))
-        with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch"):
+        with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch; or take --checkpointing, "
+                                "--cache host, --lora 8, or more devices (torchrun)"):
             yield json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -667,6 +677,7 @@ def score(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]
         probes.setdefault(score, []).append(row)
     with atu.autocast(llm, config) if work.shell and not parts else nullcontext():
         scores, asked = evaluate.evaluate(llm, work.tokenizer, probes, config.eval_batch, ask_first, bf16=config.bf16)
+    recompute(work.llm, config)
     if parts:
         asked = data.everyones(asked)
         scores = evaluate.summary(asked)
@@ -844,6 +855,9 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
 
 def begin(work: Work, config: Config):
     """(state, generator of records): the method's own. The model is the untouched one."""
+    recompute(work.llm, config)
+    for block in work.llm.get_decoder().layers if config.compile else ():
+        block.compile()
     if config.method == "atu":
         state = atu.start(work.llm, work.corpus, config)
         return state, atu.align_then_unlearn(state, work.concept, work.corpus, config)
@@ -867,6 +881,14 @@ def unfreeze(llm, config: Config) -> None:
         atu.unfreeze(llm, config)
     elif not config.lora and config.method != "icu":
         llm.float().requires_grad_(True)
+
+
+def recompute(llm, config: Config) -> None:
+    """With `checkpointing`, blocks keep their input alone and compute the rest again in the backward pass."""
+    if config.checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        for block in llm.get_decoder().layers:
+            block.training = True  # transformers asks for it; of the block alone, so that dropout, if any, stays off
 
 
 def no_training(state: atu.State):

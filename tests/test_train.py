@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -172,6 +173,27 @@ def test_what_does_not_move_is_held_as_its_file_holds_it(arguments, folders, tmp
     assert {saved[name].dtype for name in moved} == {torch.float32} and {saved[name].dtype for name in file.keys() - moved} == {held}
     assert all(torch.equal(saved[name].float(), file[name].float()) for name in file.keys() - moved)
     assert not any(torch.equal(saved[name], file[name].float()) for name in moved if name.endswith("proj.weight"))
+
+
+@pytest.mark.parametrize("method", ["atu", "ga"])
+def test_flags_that_save_memory_change_no_weight(arguments, tmp_path, monkeypatch, method):
+    asked = []
+    real = transformers.modeling_utils.checkpoint
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *a, **k: asked.append(1) or real(*a, **k))
+    flags = SMALL if method == "atu" else [*TOKENS, "--method", method]
+    for name, saving in (("run", []), ("saving", ["--checkpointing", "--cache", "host"])):
+        assert train.main([*arguments(), *flags, *saving, "--out", str(tmp_path / name)]) == 0
+        assert bool(asked) == bool(saving)
+    files = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "saving")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert outcome(tmp_path / "run")[0]["after"]["forget_all_gold"] == outcome(tmp_path / "saving")[0]["after"]["forget_all_gold"]
+
+
+def test_compile_compiles_the_blocks(arguments, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    assert train.main([*arguments(), *SMALL, "--no-recovery", "--compile"]) == 0
+    assert compiled == ["LlamaDecoderLayer"] * 4 or compiled == ["Phi3DecoderLayer"] * 4
 
 
 def full(*_):

@@ -347,9 +347,9 @@ def everyones(part: Tensor) -> Tensor:
     count = processes()[1]
     if count == 1:
         return part
-    whole = part.new_empty(count * len(part), *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.contiguous())
-    return whole
+    parts = [torch.empty_like(part) for _ in range(count)]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
 
 
 def shard(llm: nn.Module, config) -> None:

@@ -476,7 +476,8 @@ def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch: int = 80, bef
     """
     dtype = data.fast_dtype(llm.device) if bf16 else torch.float32
     voice = speaker(llm, dtype)
-    voice.set_attn_implementation("sdpa")
+    if voice is not llm:
+        voice.set_attn_implementation("sdpa")
     rows = [row | {"set": score} for score, part in probes.items() for row in part]
     questions(voice, tokenizer, [row for row in rows if row["set"] not in OTHERWISE], batch, before)
     for score in probes:

@@ -672,7 +672,8 @@ def score(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]
     rows = [(score, row) for score, part in work.probes.items() for row in part]
     llm, probes, parts = work.llm, {}, work.shell and config.whole
     if parts:
-        llm, rows = whole(work, config.device), rows[number::count]
+        dtype = data.fast_dtype(config.device) if config.bf16 else torch.float32
+        llm, rows = whole(work, config.device, dtype), rows[number::count]
     for score, row in rows:
         probes.setdefault(score, []).append(row)
     with atu.autocast(llm, config) if work.shell and not parts else nullcontext():
@@ -719,9 +720,11 @@ def split(llm: torch.nn.Module | None, config: Config) -> tuple[torch.nn.Module,
     return llm, shell
 
 
-def whole(work: Work, device: str) -> torch.nn.Module:
-    """A copy of the split llm with all its weights, on a device ("meta": without them, for who only takes part)."""
-    weights = {name: all_of(value).detach().to(device) for name, value in work.llm.named_parameters()}
+def whole(work: Work, device: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """A copy of the split llm with all its weights, on a device ("meta": without them, for who only takes part), in
+    `dtype` or as they are."""
+    weights = {name: all_of(value.detach().to(dtype or value.dtype)).to(device)
+               for name, value in work.llm.named_parameters()}
     llm = copy.deepcopy(work.shell)
     llm.load_state_dict(weights, strict=False, assign=True)
     llm.tie_weights()
@@ -886,7 +889,7 @@ def unfreeze(llm, config: Config) -> None:
 def recompute(llm, config: Config) -> None:
     """With `checkpointing`, blocks keep their input alone and compute the rest again in the backward pass."""
     if config.checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        llm.activation_checkpointing_enable({"use_reentrant": False})
         for block in llm.get_decoder().layers:
             block.training = True  # transformers asks for it; of the block alone, so that dropout, if any, stays off
 

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import Cache, RepetitionPenaltyLogitsProcessor
+from transformers.cache_utils import DynamicLayer
 
 import data
 
@@ -89,6 +90,39 @@ def read_probes(root: Path, target: str, sets=DEFAULT_SETS, limit: int | None = 
 
 # ---------------------------------------------------------------------------------------------- asking a model
 
+class RoomyLayer(DynamicLayer):
+    """A block's keys and values with room for those to come, so that a new token does not copy all that is there.
+
+    As long as the text in models with a sliding window too: their mask sees to the window.
+    """
+
+    room = None  # [keys, values], (B, heads, length and more, width) each
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            old, self.room = (self.keys, self.values), []
+            for states, kept in zip((key_states, value_states), old):
+                self.room.append(states.new_empty(*states.shape[:2], end + 64, states.shape[-1]))
+                if begin:
+                    self.room[-1][..., :begin, :] = kept
+        for room, states in zip(self.room, (key_states, value_states)):
+            room[..., begin:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.room = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None
+
+
 def begun(prompt: str) -> str:
     """`prompt` with "A:" after it, RWKU's way in BBH and TruthfulQA."""
     return prompt + ("A:" if prompt[-1] in "\n " else " A:")
@@ -139,7 +173,8 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
 def read(llm, tokenizer, prompts: list[str]):
     """(token ids, mask, cache, last hidden state) of prompts: (B, P) each, padded on the left, and (B, 1, D).
 
-    What all the prompts begin with goes through the model once.
+    What all the prompts begin with goes through the model once; padding stands behind it. (A sliding window counts the
+    padding: where a batch's longest prompt is longer than the window, the others see less than they could.)
     """
     sequences = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     start = min(common_start(sequences), min(map(len, sequences)) - 1)
@@ -156,11 +191,11 @@ def read(llm, tokenizer, prompts: list[str]):
 
 
 def repeated(llm, prefix: Tensor, count: int):
-    """The cache of a prefix (1, start), `count` times; None for an empty one."""
-    if not prefix.shape[1]:
-        return None
-    past = llm.get_decoder()(input_ids=prefix, use_cache=True).past_key_values
-    past.batch_repeat_interleave(count)
+    """The cache of a prefix (1, start), `count` times; an empty one of an empty prefix."""
+    past = Cache(layer_class_to_replicate=RoomyLayer)
+    if prefix.shape[1]:
+        llm.get_decoder()(input_ids=prefix, past_key_values=past, use_cache=True)
+        past.batch_repeat_interleave(count)
     return past
 
 

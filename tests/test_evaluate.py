@@ -91,6 +91,25 @@ def test_greedy_answers_are_those_of_generate_in_any_batch(llm, tokenizer, penal
             assert said == [tokenizer.decode(row, skip_special_tokens=True) for row in expected]
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_long_answers_and_their_golds_are_those_of_the_whole_model(llm, tokenizer, window):
+    llm.config.sliding_window = window  # shorter than the prompt
+    for block in llm.model.layers:
+        block.self_attn.config.sliding_window = window
+    prompts, gold = ["Who painted all those birds of the sea?", "Who painted all those bridges of the river and the sea?"], " the sea"
+    said, likely = evaluate.answer(llm, tokenizer, prompts, 1 if window else 2, 90, (), [gold.strip()] * 2)  # 90: beyond the cache's room
+    for prompt, text, likelihood in zip(prompts, said, likely):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        asked, length = ids, ids.shape[1]
+        with torch.no_grad():
+            while asked.shape[1] < length + 90 and asked[0, -1] != tokenizer.eos_token_id:
+                asked = torch.cat([asked, llm(asked, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            wanted = tokenizer(gold, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            logp = llm(torch.cat([ids, wanted], 1), use_cache=False).logits.log_softmax(-1)[0, length - 1:-1]
+        assert text == tokenizer.decode(asked[0, length:], skip_special_tokens=True)
+        assert likelihood == pytest.approx(logp.gather(1, wanted[0][:, None]).mean().exp().item(), rel=1e-4)
+
+
 def test_answers_that_have_ended_leave_the_batch_and_stay_ended(llm, tokenizer):
     prompts = [" ".join(SENTENCES[0].split()[:n]) for n in range(1, 13)]
     one_by_one, _ = evaluate.answer(llm, tokenizer, prompts, batch=1, tokens=9)

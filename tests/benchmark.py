@@ -1,0 +1,362 @@
+"""How near the work of a run comes to what this machine can do, and how far from the straightforward way of doing it.
+
+    python tests/benchmark.py [--shape smol|phi3] [--device cpu|cuda] [--compile] [--memory]
+
+Random weights of the preset's shape, so nothing is downloaded. For an alignment step (Eq. 2), an unlearning step (Eq. 4)
+and a batch of answers it prints the time measured, and its floor: the sum over all operations that cannot be left out of
+the larger of two times, that of the arithmetic at the matrix rate measured here at that very shape, and that of the
+bytes at the copy rate. The straightforward loop, which is here alone, runs the whole model with all its hidden states
+and the encoder on every window, and caches nothing; both loops run on batches of the same shape, in turn, in this
+process. From the steps' times it projects the preset's schedule without early stops. --memory: peak memory of a GPU
+in an unlearning step, by layer, optimizer, precision and adapters.
+"""
+
+import argparse
+import copy
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+import atu
+import data
+import evaluate
+import losses
+import train
+from conftest import make_tokenizer
+
+SHAPES = {  # the language model, and the encoder's width, blocks and heads
+    "smol": (LlamaForCausalLM, LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1), (384, 6, 12)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(pad_token_id=0, eos_token_id=1), (768, 12, 12)),
+}
+
+
+# ---------------------------------------------------------------------------------------------- rates and floors
+
+def seconds(work, device: str, least: float = 0.3) -> float:
+    """The least time that `work()` takes, repeated for `least` seconds."""
+    work()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < least:
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+@cache
+def product_seconds(m: int, k: int, n: int, count: int, dtype: torch.dtype, device: str) -> float:
+    """`count` matrix products (m, k) x (k, n) at once."""
+    a, b = torch.randn(count, m, k, dtype=dtype, device=device), torch.randn(count, k, n, dtype=dtype, device=device)
+    return seconds((lambda: a @ b) if count > 1 else (lambda: a[0] @ b[0]), device)
+
+
+@cache
+def copy_rate(device: str) -> float:
+    """Bytes a second, read and written."""
+    source = torch.ones(2**28 if device.startswith("cuda") else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
+
+
+class Floor:
+    """Adds up the operations of a step: products (each at the rate of its shape) and bytes (at the copy rate)."""
+
+    def __init__(self, dtype: torch.dtype, device: str):
+        self.dtype, self.device, self.seconds, self.operations, self.bytes = dtype, device, 0.0, 0, 0
+
+    def product(self, m: int, k: int, n: int, count: int = 1, times: int = 1) -> None:
+        """(m, k) x (k, n), `count` of them at once, `times` one after the other."""
+        size = torch.finfo(self.dtype).bits // 8
+        touched = size * count * (m * k + k * n + m * n)
+        self.operations += 2 * m * k * n * count * times
+        self.seconds += times * max(product_seconds(m, k, n, count, self.dtype, self.device),
+                                    touched / copy_rate(self.device))
+
+    def touch(self, bytes: float) -> None:
+        self.bytes += bytes
+        self.seconds += bytes / copy_rate(self.device)
+
+    def linear(self, tokens: int, inputs: int, outputs: int, backward: str, times: int) -> None:
+        """A linear layer forward, and the gradients named in `backward`: i(nput), w(eight)."""
+        self.product(tokens, inputs, outputs, times=times)
+        if "i" in backward:
+            self.product(tokens, outputs, inputs, times=times)
+        if "w" in backward:
+            self.product(inputs, tokens, outputs, times=times)
+
+    def attention(self, batch: int, heads: int, length: int, width: int, backward: bool, times: int) -> None:
+        """Scores and sums of full (not halved) squares; backward computes the scores again."""
+        self.product(length, width, length, batch * heads, times * (1 + 2 * backward))
+        self.product(length, length, width, batch * heads, times * (1 + 2 * backward))
+
+    def block(self, config, batch: int, length: int, backward: str, times: int) -> None:
+        """A block of the language model: attention with grouped queries, a gated feed-forward layer, two norms."""
+        D, F, tokens = config.hidden_size, config.intermediate_size, batch * length
+        width = D // config.num_attention_heads
+        kv = width * config.num_key_value_heads
+        self.linear(tokens, D, D + 2 * kv, backward, times)
+        self.attention(batch, config.num_attention_heads, length, width, bool(backward), times)
+        self.linear(tokens, D, D, backward, times)
+        self.linear(tokens, D, 2 * F, backward, times)
+        self.linear(tokens, F, D, backward, times)
+        # read and written once: two norms, rotations, the gate, two sums; backward twice that
+        values = tokens * (2 * 2 * D + 2 * (D + kv) + 3 * F + 2 * 3 * D)
+        self.touch(times * values * torch.finfo(self.dtype).bits // 8 * (3 if backward else 1))
+
+    def head(self, head, batch: int, length: int, backward: str) -> None:
+        """E: every linear layer, attention, norms and GELU."""
+        tokens = batch * length
+        for module in head.modules():
+            if isinstance(module, torch.nn.Linear):
+                self.linear(tokens, module.in_features, module.out_features, backward, 1)
+        width, depth = head.outputs[1].in_features, len(head.blocks)
+        self.attention(batch, 8, length, width // 8, bool(backward), depth)
+        self.touch(depth * tokens * (2 * 2 + 2 * 4 + 2 * 3) * width * torch.finfo(self.dtype).bits // 8
+                   * (3 if backward else 1))
+
+    def update(self, parameters: int, adam: bool) -> None:
+        """Gradients written, their norm, the optimizer, and the weights cast for the next forward."""
+        self.touch(parameters * (4 + 4 + (28 if adam else 12) + (6 if self.dtype == torch.bfloat16 else 0)))
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+def make(shape: str, device: str):
+    """(llm, tokenizer, encoder) with random weights."""
+    kind, config, (width, depth, heads) = SHAPES[shape]
+    torch.manual_seed(0)
+    with torch.device(device):
+        llm = kind(config).eval()
+    if device == "cpu":
+        llm.set_attn_implementation("eager")  # as train.py
+    tokenizer = make_tokenizer()
+    bert = BertModel(BertConfig(vocab_size=400, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
+                                intermediate_size=4 * width))
+    with tempfile.TemporaryDirectory() as folder:
+        bert.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        encoder = SentenceTransformer(modules=[Transformer(folder, max_seq_length=64), Pooling(width)], device=device)
+    return llm, tokenizer, encoder.eval().requires_grad_(False)
+
+
+def make_corpus(tokenizer, width: int, config) -> data.Corpus:
+    """Random texts of full length, half of them about the target; random reference embeddings."""
+    N, T = 4 * config.align_batch, config.length
+    input_ids = torch.randint(6, 400, (N, T))
+    mask = torch.ones(N, T, dtype=torch.bool)
+    windows, index, valid = data.future_windows(input_ids, mask, config.window, tokenizer)
+    table = torch.nn.functional.normalize(torch.randn(len(windows), width), dim=-1)
+    return data.Corpus(input_ids, mask, index, valid, torch.arange(N) < N // 2, table)
+
+
+def one(loop) -> None:
+    """Runs a generator to its end."""
+    for _ in loop:
+        pass
+
+
+def straightforward_alignment(state, corpus, encoder, tokenizer, config) -> None:
+    """A step as the authors' code does it: the whole model, all hidden states, the encoder on every window."""
+    rows = torch.randperm(len(corpus.input_ids))[:config.align_batch]
+    ids = corpus.input_ids[rows].to(state.llm.device)
+    windows = ids[:, 1:].unfold(1, config.window, 1)                                     # (B, T - k, k)
+    with torch.no_grad(), atu.autocast(state.llm, config):
+        hidden = state.llm(ids, output_hidden_states=True, use_cache=False).hidden_states[config.layer]
+        texts = tokenizer.batch_decode(windows.reshape(-1, config.window))
+        reference = encoder.encode(texts, batch_size=len(texts), convert_to_tensor=True, normalize_embeddings=True)
+    reference = reference.float().view(*windows.shape[:2], -1)                           # (B, T - k, E)
+    with atu.autocast(state.llm, config):
+        predicted = state.head(hidden).float()[:, :windows.shape[1]]                     # (B, T - k, E)
+    mask = torch.ones(predicted.shape[:2], dtype=torch.bool, device=ids.device)
+    atu.optimize(losses.alignment_loss(predicted, reference, mask), state.head_optimizer, config.clip)
+
+
+def straightforward_unlearning(state, concept, corpus, config) -> None:
+    """A step of Eq. 4 through the whole model, every block and the LM head."""
+    rows = torch.randperm(int(corpus.about.sum()))[:config.batch]
+    if config.retain_weight:
+        rows = torch.cat([rows, len(corpus.about) - 1 - rows])
+    ids, mask = corpus.input_ids[rows].to(state.llm.device), corpus.mask[rows].to(state.llm.device)
+    with atu.autocast(state.llm, config):
+        hidden = state.llm(ids, output_hidden_states=True, use_cache=False).hidden_states[config.layer]
+        predicted = state.head(hidden).float()
+    loss = losses.unlearning_loss(predicted, concept, mask, -1.0)
+    atu.optimize(loss, state.llm_optimizer, config.clip)
+
+
+def in_turn(works: dict, device: str, least: float) -> dict[str, list[float]]:
+    """Times of each of `works`, one after the other, again and again for `least` seconds."""
+    for work in works.values():
+        work()
+    found, began = {name: [] for name in works}, time.perf_counter()
+    while time.perf_counter() - began < least or len(next(iter(found.values()))) < 3:
+        for name, work in works.items():
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            found[name].append(time.perf_counter() - start)
+    return found
+
+
+def straightforward_answers(llm, tokenizer, prompts: list[str], golds: list[str], tokens: int) -> None:
+    """`generate`, and a second run over prompt and gold answer for its probability."""
+    tokenizer.padding_side = "left"
+    turn = tokenizer(prompts, return_tensors="pt", padding=True).to(llm.device)
+    with torch.inference_mode():
+        llm.generate(**turn, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        both = tokenizer([p + " " + g for p, g in zip(prompts, golds)], return_tensors="pt", padding=True).to(llm.device)
+        llm(**both).logits.float().log_softmax(-1)
+    tokenizer.padding_side = "right"
+
+
+def floors(llm, head, config, prompts: tuple[int, int], golds: int, tokens: int, device: str) -> dict[str, Floor]:
+    """The floor of each part. prompts: how many, of how many tokens."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    size, shape = torch.finfo(dtype).bits // 8, llm.config
+    found = {name: Floor(dtype, device) for name in ("alignment step", "unlearning step", "answers")}
+    floor = found["alignment step"]
+    floor.head(head, config.align_batch, config.length, "iw")
+    floor.update(sum(p.numel() for p in head.parameters()), adam=True)
+
+    floor = found["unlearning step"]
+    texts = config.batch * (2 if config.retain_weight else 1)
+    floor.block(shape, texts, config.length, "w", 1)  # nothing before the first block moves
+    floor.block(shape, texts, config.length, "iw", config.layer - 1)
+    floor.head(head, config.batch, config.length, "i")
+    floor.update(sum(p.numel() for p in llm.get_decoder().layers[:config.layer].parameters()), config.optimizer == "adamw")
+
+    floor, (count, length), V = found["answers"], prompts, shape.vocab_size
+    blocks = shape.num_hidden_layers
+    floor.block(shape, count, length + golds, "", blocks)
+    floor.product(count * (golds + 1), shape.hidden_size, V)
+    width = shape.hidden_size // shape.num_attention_heads
+    for n in range(tokens - 1):
+        floor.block(shape, count, 1, "", blocks)
+        floor.touch(2 * blocks * count * (length + n) * width * shape.num_key_value_heads * size)  # keys, values
+        floor.product(count, shape.hidden_size, V)
+    return found
+
+
+def report(name: str, tokens: int, ours: list[float], other: list[float], floor: Floor, device: str) -> None:
+    """A part's line."""
+    middle, straight = statistics.median(ours), statistics.median(other)
+    print(f"{name} | median {1e3 * middle:.1f} ms ({1e3 * min(ours):.1f} to {1e3 * max(ours):.1f}, {len(ours)} times) | "
+          f"floor {1e3 * floor.seconds:.1f} ms | {middle / floor.seconds:.2f} x floor | {tokens / middle:.0f} tokens/s | "
+          f"{floor.operations / middle / 1e12:.2f} TFLOP/s, {100 * floor.operations / middle / top_rate(floor.dtype, device):.0f} % of "
+          f"this device's | straightforward {1e3 * straight:.1f} ms | {straight / middle:.1f} x faster"
+          + (f" | peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.startswith("cuda") else ""), flush=True)
+
+
+@cache
+def top_rate(dtype: torch.dtype, device: str) -> float:
+    """Operations a second in a large matrix product."""
+    size = 8192 if device.startswith("cuda") else 2048
+    return 2 * size**3 / product_seconds(size, size, size, 1, dtype, device)
+
+
+def measure_speed(args, config, device: str) -> None:
+    """Alignment, unlearning, answers: ours, the floor, and the straightforward way."""
+    tokens, golds = 30, 4
+    llm, tokenizer, encoder = make(args.shape, device)
+    corpus = make_corpus(tokenizer, encoder.get_sentence_embedding_dimension(), config)
+    concept = corpus.table[0].to(device)
+    state = atu.start(llm, corpus, config)
+    whole = copy.deepcopy(llm)  # for the straightforward loops: neither compiled nor moved
+    plain = atu.start(whole, corpus, config)
+    for block in llm.get_decoder().layers if args.compile else ():
+        block.compile()
+    words = [tokenizer.decode(torch.randint(6, 400, (60,))) for _ in range(args.prompts)]
+    prompts, answers = [f"a question {text}" for text in words], ["a bird of the sea"] * args.prompts
+    voice = evaluate.speaker(llm, torch.bfloat16 if config.bf16 else torch.float32)
+    voice.set_attn_implementation("sdpa")
+    length = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    floor = floors(llm, state.head, config, (args.prompts, length), golds, tokens, device)
+    parts = {
+        "alignment step": (config.align_batch * config.length, {
+            "ours": lambda: one(atu.align(state, corpus, state.original, 1, config)),
+            "straightforward": lambda: straightforward_alignment(plain, corpus, encoder, tokenizer, config)}),
+        "unlearning step": (config.batch * config.length * (2 if config.retain_weight else 1), {
+            "ours": lambda: one(atu.unlearn(state, concept, corpus, -1.0, config)),
+            "straightforward": lambda: straightforward_unlearning(plain, concept, corpus, config)}),
+        "answers": (args.prompts * (length + tokens), {
+            "ours": lambda: evaluate.answer(voice, tokenizer, prompts, args.prompts, tokens, (), answers),
+            "straightforward": lambda: straightforward_answers(voice, tokenizer, prompts, answers, tokens)}),
+    }
+    found = {}
+    for name, (count, works) in parts.items():
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        times = in_turn(works, device, args.seconds)
+        report(name, count, times["ours"], times["straightforward"], floor[name], device)
+        found[name] = statistics.median(times["ours"]), statistics.median(times["straightforward"])
+    preset = train.PRESETS[args.shape]
+    steps = {"alignment step": preset.align_steps + (len(preset.taus) - 1) * preset.realign_steps,
+             "unlearning step": len(preset.taus) * preset.unlearn_steps}
+    ours, other = (sum(steps[name] * found[name][n] for name in steps) / 60 for n in (0, 1))
+    print(f"projected | {steps['alignment step']} alignment and {steps['unlearning step']} unlearning steps without early "
+          f"stops: {ours:.1f} min, straightforward {other:.1f} min", flush=True)
+
+
+def measure_memory(args, config, device: str) -> None:
+    """Peak GPU memory of an unlearning step."""
+    for layer in (10, 20, 29):
+        for optimizer, lora, checkpointing in (("sgd", 0, False), ("adamw", 0, False), ("sgd", 0, True), ("adamw", 8, False),
+                                               ("adamw", 8, True)):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            llm, tokenizer, encoder = make(args.shape, device)
+            now = dataclasses.replace(config, layer=layer, optimizer=optimizer, lora=lora, checkpointing=checkpointing)
+            llm = train.add_adapters(llm.bfloat16(), now) if lora else llm.bfloat16()
+            corpus = make_corpus(tokenizer, encoder.get_sentence_embedding_dimension(), now)
+            try:
+                state = atu.start(llm, corpus, now)
+                train.recompute(llm, now)
+                for _ in range(3):
+                    one(atu.unlearn(state, corpus.table[0].to(device), corpus, -1.0, now))
+                peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            except torch.OutOfMemoryError:
+                peak = "more than there is"
+            print(f"memory | layer {layer} | {'LoRA 8' if lora else 'full'} | {optimizer} | "
+                  f"{'checkpointing' if checkpointing else 'activations kept'} | {peak}", flush=True)
+            del llm, state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="smol")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=15, help="of measuring each part at least (default: 15)")
+    parser.add_argument("--prompts", type=int, default=40, help="questions in the batch of answers (default: 40)")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, as train.py --compile")
+    parser.add_argument("--memory", action="store_true", help="a GPU's peak memory instead")
+    args = parser.parse_args()
+    config = dataclasses.replace(train.PRESETS[args.shape], device=args.device, log_every=10**9, unlearn_steps=1,
+                                 bf16=data.fast_dtype(args.device) == torch.bfloat16, align_steps=1)
+    print(f"{args.shape} | {args.device} | {torch.get_num_threads()} threads | {'bf16' if config.bf16 else 'fp32'} | "
+          f"copies {copy_rate(args.device) / 1e9:.1f} GB/s", flush=True)
+    (measure_memory if args.memory else measure_speed)(args, config, args.device)
+
+
+if __name__ == "__main__":
+    main()

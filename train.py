@@ -411,7 +411,7 @@ class Material(NamedTuple):
     answers: list[dict]           # for dpo and rt
 
 
-def gather(config: Config) -> Material:
+def collect(config: Config) -> Material:
     """Texts, probes and the llm. Raises data.BadInput; what needs no model is read before one is loaded."""
     root = data.open_rwku(config.rwku)
     passage = data.read_text(Path(config.target_text), "--target-text") if config.target_text else ""
@@ -448,7 +448,7 @@ def gather(config: Config) -> Material:
 def load(config: Config) -> Work:
     """All that a run works on. Of several processes the first reads, and splits the llm over all. Raises BadInput."""
     number, count = data.processes()
-    found, shell = gather(config) if number == 0 else None, None
+    found, shell = collect(config) if number == 0 else None, None
     if count > 1:
         llm, shell = split(found.llm if number == 0 else None, config)
         found = data.first_s(found and found._replace(llm=None))._replace(llm=llm)
@@ -728,7 +728,7 @@ def whole(work: Work, device: str, dtype: torch.dtype | None = None) -> torch.nn
     llm = copy.deepcopy(work.shell)
     llm.load_state_dict(weights, strict=False, assign=True)
     llm.tie_weights()
-    return llm
+    return llm.to(device)  # the buffers
 
 
 def all_of(value: Tensor) -> Tensor:

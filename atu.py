@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -40,7 +40,7 @@ class State:
     llm_optimizer: torch.optim.Optimizer | None
     head_optimizer: torch.optim.Optimizer | None
     original: Tensor | None = None  # (N, T, D) hidden states before unlearning, as long as they are needed
-    hidden: Tensor | None = None    # (N, T, D) those at the end of the last stage
+    hidden: Tensor | None = None    # (N, T, D) those that E was last aligned on
     stage: int = 0              # 0 is the first alignment, s the s-th tau
     aligning: bool = False      # in a stage, E is aligned after M has been unlearned
     done: int = 0               # steps of the alignment or unlearning under way
@@ -58,7 +58,7 @@ class State:
 def start(llm: nn.Module, corpus, config) -> State:
     """A new head, what moves and what does not (`unfreeze`), and one optimizer each, kept for the whole run.
 
-    Reads, beside what that does, seed, head_depth, head_width, optimizer, llm_lr, head_lr, bf16, batch.
+    Reads, beside what that does, seed, head_depth, head_width, optimizer, llm_lr, head_lr, bf16, batch, cache.
     """
     unfreeze(llm, config)
     head = new_head(llm, corpus.table.shape[1], config)
@@ -71,16 +71,15 @@ def unfreeze(llm: nn.Module, config) -> None:
     """What moves does, in fp32; the rest is frozen in the dtype that it has.
 
     The blocks 1..layer move, and with `train_embeddings` the input embedding too (the paper's θ_M; where it is tied to
-    the LM head, that moves with it); with `lora` the adapters alone, which are there already. Reads layer,
-    train_embeddings, lora.
+    the LM head, that moves with it); with `lora` the adapters alone, which are there already. The embedding is in fp32
+    in any case, and so what the blocks add to it. Reads layer, train_embeddings, lora.
     """
-    if config.lora:
-        return
     decoder = llm.get_decoder()
-    llm.requires_grad_(False)
-    decoder.layers[:config.layer].float().requires_grad_(True)
-    if config.train_embeddings:
-        decoder.get_input_embeddings().float().requires_grad_(True)
+    decoder.get_input_embeddings().float()
+    if not config.lora:
+        llm.requires_grad_(False)
+        decoder.layers[:config.layer].float().requires_grad_(True)
+        decoder.get_input_embeddings().requires_grad_(config.train_embeddings)
 
 
 def llm_optimizer(llm: nn.Module, config) -> torch.optim.Optimizer:
@@ -226,21 +225,21 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
     """
     concept = concept.to(state.llm.device)
     while state.stage <= len(config.taus):
-        began, tau, steps, hidden = time.perf_counter(), None, config.align_steps, state.original
+        began, tau, steps = time.perf_counter(), None, config.align_steps
+        state.hidden = None if state.stage else state.original
         if state.stage:
             tau, steps = config.taus[state.stage - 1], config.realign_steps
             if not state.aligning:
                 yield from unlearn(state, concept, corpus, tau, config)
             state.aligning = True
-            hidden = cached_hidden_states(state.llm, corpus.input_ids, config)                      # (N, T, D)
-        yield from align(state, corpus, hidden, steps, config)
+            state.hidden = cached_hidden_states(state.llm, corpus.input_ids, config)                # (N, T, D)
+        yield from align(state, corpus, state.hidden, steps, config)
         record = {"kind": "stage", "stage": state.stage, "tau": tau, "steps": state.step - state.began[0],
                   **{name: state.record.get(name) for name in ("align_loss", "unlearn_loss", "retain_loss", "active")},
-                  **similarities(state.head, hidden, concept, corpus, config),
+                  **similarities(state.head, state.hidden, concept, corpus, config),
                   "seconds": time.perf_counter() - began, "tokens": state.tokens - state.began[1]}
         if not config.retain_weight:
-            state.original = None  # frees its memory
-        state.hidden = hidden
+            state.original = None  # frees its memory when the next stage begins
         state.next_stage()
         yield record
 
@@ -298,7 +297,7 @@ def optimize(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float) -> Non
 
 
 def autocast(module: nn.Module, config) -> torch.autocast:
-    """bf16 autocast where `config.bf16` asks for it; the weights and the optimizers stay in fp32."""
+    """bf16 autocast where `config.bf16` asks for it; what moves, and its optimizer, stays in fp32."""
     return torch.autocast(next(module.parameters()).device.type, torch.bfloat16, enabled=config.bf16)
 
 
@@ -325,7 +324,7 @@ def total(value: Tensor) -> Tensor:
 
 def mean(value: Tensor) -> float:
     """The mean over the processes, () -> a number."""
-    return total(value.detach()).item() / processes()[1]
+    return total(value).item() / processes()[1]
 
 
 def share(mask: Tensor) -> Tensor | float:
@@ -362,6 +361,7 @@ def shard(llm: nn.Module, config) -> None:
     policy = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, torch.float32, cast_forward_inputs=False)
     for block in llm.get_decoder().layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    share_comm_ctx(list(llm.get_decoder().layers))  # or whole gradients would stay until backward has ended
 
 
 def by_kind(parameters) -> list[list[nn.Parameter]]:

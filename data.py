@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock
@@ -572,9 +573,7 @@ def embed(texts: list[str], encoder) -> Tensor:
     key.update(json.dumps([encoder.max_seq_length, *texts]).encode())
     file = CACHE / "embeddings" / f"{key.hexdigest()[:32]}.safetensors"
     number, count = processes()
-    if count > 1:
-        dist.barrier()  # so that all see the file, or none
-    if file.exists():
+    if first_s(file.exists()):
         try:
             return load_file(file)["embeddings"]
         except SafetensorError as error:
@@ -583,7 +582,7 @@ def embed(texts: list[str], encoder) -> Tensor:
             encoder.device.type, torch.bfloat16, enabled=fast == torch.bfloat16):
         table = encoder.encode(texts[number::count], batch_size=256, normalize_embeddings=True, convert_to_tensor=True,
                                show_progress_bar=None if len(texts) > 1000 else False).float().cpu()
-    table = torch.stack(everyones(list(table)))
+    table = torch.from_numpy(np.stack(everyones(list(table.numpy()))))
     if number:
         return table
     partial = file.with_suffix(f".{os.getpid()}")

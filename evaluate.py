@@ -96,14 +96,14 @@ class RoomyLayer(DynamicLayer):
     As long as the text in models with a sliding window too: their mask sees to the window.
     """
 
-    room = None  # [keys, values], (B, heads, length and more, width) each
+    room = ()  # keys and values, (B, heads, length and more, width) each; `self.keys` is a part of the first
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         begin = self.get_seq_length()
         end = begin + key_states.shape[-2]
-        if self.room is None or end > self.room[0].shape[-2]:
+        if not self.room or end > self.room[0].shape[-2] or self.keys.data_ptr() != self.room[0].data_ptr():
             old, self.room = (self.keys, self.values), []
             for states, kept in zip((key_states, value_states), old):
                 self.room.append(states.new_empty(*states.shape[:2], end + 64, states.shape[-1]))
@@ -113,14 +113,6 @@ class RoomyLayer(DynamicLayer):
             room[..., begin:end, :] = states
         self.keys, self.values = (room[..., :end, :] for room in self.room)
         return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.room = None
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.room = None
 
 
 def begun(prompt: str) -> str:
@@ -506,7 +498,7 @@ def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch: int = 80, bef
     said, and its score.
 
     before: a text before every prompt (ICU). shots: examples in a prompt at most. The model answers in bf16 (a copy;
-    the masters stay in fp32) where bf16 is wanted and fast, else in fp32. Model, tokenizer and random state are left
+    the model's own stay) where bf16 is wanted and fast, else in fp32. Model, tokenizer and random state are left
     as they were.
     """
     dtype = data.fast_dtype(llm.device) if bf16 else torch.float32
@@ -566,7 +558,8 @@ PUBLISHED = {
 
 # Settings that change nothing in what a run does, and those in which the runs of a line of the table may differ: means
 # are taken over them.
-FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every", "whole", "checkpointing", "cache")
+FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every", "whole", "checkpointing", "cache",
+        "compile")
 OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
 
 

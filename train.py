@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ class Config:
     clip: float = option(1.0, "gradients are clipped to this norm")
     stop_at: float = option(0.25, "stop after the stage that brings forget_all to this share of what it was; 0: never")
     recovery: bool = option(True, "measure how readable the concept is for a fresh head, before and after")
-    bf16: bool = option(True, "compute in bf16 (weights stay fp32); off where the CPU has no bf16 instructions")
+    bf16: bool = option(True, "compute in bf16 (what moves stays fp32); off where the CPU has no bf16 instructions")
     eval_batch: int = option(80, "prompts at a time when answering")
     whole: bool = option(True, "several processes: each holds the whole model to ask its part of the probes (off: all\n"
                                "ask all probes of the split model together, where it is too large for one device)")
@@ -235,7 +236,8 @@ def choose_preset(name: str, device: str, needed: int) -> tuple[str, str]:
         return "smol", "--device cpu"
     if not torch.cuda.is_available():
         return "smol", "no CUDA device here"
-    free = torch.cuda.mem_get_info(None if device == "auto" else data.choose_device(device))[0] / 1e9
+    card = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "auto" else data.choose_device(device)
+    free = torch.cuda.mem_get_info(card)[0] / 1e9
     if free < needed:
         return "smol", f"{free:.0f} GB of CUDA memory free, and phi3 needs {needed}"
     return "phi3", f"a CUDA device with {free:.0f} GB free"
@@ -313,11 +315,10 @@ def several(device: str):
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    # a day, because the others wait while the first one reads, or writes texts
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
+    yield
+    dist.destroy_process_group()  # not after an error: the others may be waiting for this one, until torchrun ends them
 
 
 @contextmanager
@@ -343,9 +344,7 @@ def claimed(config: Config):
             check_resume(config)
         else:
             data.write_json(out / "config.json", dataclasses.asdict(config))
-        with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch; or take --checkpointing, "
-                                "--cache host, --lora 8, or more devices (torchrun)"):
-            yield json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+        yield json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -426,9 +425,8 @@ def collect(config: Config) -> Material:
         about = [row["text"] for row in data.read_set(root, target, config.corpus)][:config.texts]
         answers = data.read_set(root, target, kind + "_phi" * (config.corpus == "positive_phi")) if kind else []
         answers = answers[:config.texts]
-    several = data.processes()[1] > 1  # then no device has to hold the model alone
-    llm, tokenizer = data.load_llm(config.model, "cpu" if several else config.device,
-                                   "auto" if config.bf16 else torch.float32)
+    place = config.device if data.processes()[1] == 1 else "cpu"  # no device has to hold it alone
+    llm, tokenizer = data.load_llm(config.model, place, "auto" if config.bf16 else torch.float32)
     check_blocks(llm, config)
     check_passages(probes, llm, tokenizer)
     if config.device == "cpu":
@@ -450,7 +448,7 @@ def load(config: Config) -> Work:
     number, count = data.processes()
     found, shell = collect(config) if number == 0 else None, None
     if count > 1:
-        llm, shell = split(found.llm if number == 0 else None, config)
+        llm, shell = split(found and found.llm, config)
         found = data.first_s(found and found._replace(llm=None))._replace(llm=llm)
     target, meant, llm, tokenizer, probes, about, others, answers = found
     encoder = data.load_encoder(config.encoder, config.device) if aligns(config) else None
@@ -515,7 +513,8 @@ def check_passages(probes: dict[str, list[dict]], llm, tokenizer) -> None:
 def check_blocks(llm, config: Config) -> None:
     """Raises data.BadInput where a run has to cut the model after block `layer` and cannot, or where adapters cannot
     have that rank."""
-    if aligns(config) and not (hasattr(llm.get_decoder(), "layers") and hasattr(llm.get_decoder(), "norm")):
+    cut = aligns(config) or config.checkpointing or config.compile or data.processes()[1] > 1
+    if cut and not (hasattr(llm.get_decoder(), "layers") and hasattr(llm.get_decoder(), "norm")):
         raise data.BadInput(f"--model {config.model}: {type(llm).__name__} has no decoder with .layers and .norm; "
                             "take one of Llama's or Phi-3's kind")
     blocks, width = llm.config.num_hidden_layers, llm.config.hidden_size
@@ -678,7 +677,7 @@ def score(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]
         probes.setdefault(score, []).append(row)
     with atu.autocast(llm, config) if work.shell and not parts else nullcontext():
         scores, asked = evaluate.evaluate(llm, work.tokenizer, probes, config.eval_batch, ask_first, bf16=config.bf16)
-    recompute(work.llm, config)
+    recompute(work.llm, config)  # a split model has been set to evaluation
     if parts:
         asked = data.everyones(asked)
         scores = evaluate.summary(asked)
@@ -717,6 +716,8 @@ def split(llm: torch.nn.Module | None, config: Config) -> tuple[torch.nn.Module,
     for name, value in llm.named_buffers():
         value.copy_(buffers[name])
     set_model_state_dict(llm, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    with torch.no_grad(), atu.autocast(llm, config):  # FSDP2 counts the blocks in their first forward: all of them
+        llm.get_decoder()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=config.device), use_cache=False)
     return llm, shell
 
 
@@ -761,8 +762,9 @@ class Checkpoints:
         if not data.first_s(at_once or time.perf_counter() - self.last >= self.every):
             return
         self.wait()
-        tensors = {name: all_of(value).detach().to("cpu", copy=True) for name, value in tensors_of(state).items()}
-        if data.processes()[0]:
+        place = "cpu" if data.processes()[0] == 0 else "meta"
+        tensors = {name: all_of(value).detach().to(place, copy=True) for name, value in tensors_of(state).items()}
+        if place == "meta":
             return
         rest = {name: getattr(state, name) for name in ("stage", "aligning", "done", "recent", "step", "tokens",
                                                         "began", "record")}
@@ -880,9 +882,9 @@ def begin(work: Work, config: Config):
 
 def unfreeze(llm, config: Config) -> None:
     """What moves does, in fp32: what `atu.unfreeze` says, and in the methods on tokens everything, or the adapters."""
-    if config.method == "atu":
+    if config.method == "atu" or config.lora:
         atu.unfreeze(llm, config)
-    elif not config.lora and config.method != "icu":
+    elif config.method != "icu":
         llm.float().requires_grad_(True)
 
 
@@ -960,7 +962,7 @@ def original_logits(llm, config: Config):
         llm, torch.bfloat16 if config.bf16 else torch.float32, frozen=True)
 
     def ask(input_ids: Tensor) -> Tensor:
-        with torch.no_grad(), llm.disable_adapter() if config.lora else nullcontext():
+        with torch.no_grad(), frozen.disable_adapter() if config.lora else nullcontext():
             return logits(frozen, input_ids, config)
 
     return ask
@@ -1022,7 +1024,8 @@ def versions(device: str) -> dict:
 
 
 def save(out: Path, llm, tokenizer, head, config: Config) -> None:
-    """model/ (what moved in fp32; none from icu) and head.safetensors (atu), each whole or not at all."""
+    """model/ (none from icu; what moved in fp32, the rest as in its file, adapters merged into it) and head.safetensors
+    (atu), each whole or not at all."""
     if config.method != "icu":
         partial = out / ".model"
         llm = llm.merge_and_unload() if config.lora else llm
@@ -1108,9 +1111,12 @@ def main(argv: list[str] | None = None) -> int:
             config = parse(argv)
             with several(config.device), claimed(config) if first else nullcontext() as finished:
                 finished = data.first_s(finished)
+                config = dataclasses.replace(data.first_s(config), device=config.device)
                 if finished:
                     print(f"resumed | {config.out}: finished already")
-                return 1 if (finished or run(config))["stopped"] else 0
+                with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch; or take "
+                                        "--checkpointing, --cache host, --lora 8, or more devices (torchrun)"):
+                    return 1 if (finished or run(config))["stopped"] else 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

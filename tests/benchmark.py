@@ -8,7 +8,7 @@ the larger of two times, that of the arithmetic at the matrix rate measured here
 bytes at the copy rate. The straightforward loop, which is here alone, runs the whole model with all its hidden states
 and the encoder on every window, and caches nothing; both loops run on batches of the same shape, in turn, in this
 process. From the steps' times it projects the preset's schedule without early stops. --memory: peak memory of a GPU
-in an unlearning step, by layer, optimizer, precision and adapters.
+in an unlearning step, by layer, optimizer, adapters, and activations kept or not.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Floor:
     """Adds up the operations of a step: products (each at the rate of its shape) and bytes (at the copy rate)."""
 
     def __init__(self, dtype: torch.dtype, device: str):
-        self.dtype, self.device, self.seconds, self.operations, self.bytes = dtype, device, 0.0, 0, 0
+        self.dtype, self.device, self.seconds, self.operations = dtype, device, 0.0, 0
 
     def product(self, m: int, k: int, n: int, count: int = 1, times: int = 1) -> None:
         """(m, k) x (k, n), `count` of them at once, `times` one after the other."""
@@ -93,7 +93,6 @@ class Floor:
                                     touched / copy_rate(self.device))
 
     def touch(self, bytes: float) -> None:
-        self.bytes += bytes
         self.seconds += bytes / copy_rate(self.device)
 
     def linear(self, tokens: int, inputs: int, outputs: int, backward: str, times: int) -> None:
@@ -279,6 +278,7 @@ def measure_speed(args, config, device: str) -> None:
     """Alignment, unlearning, answers: ours, the floor, and the straightforward way."""
     tokens, golds = 30, 4
     llm, tokenizer, encoder = make(args.shape, device)
+    llm = llm.bfloat16() if args.shape == "phi3" else llm  # as the file
     corpus = make_corpus(tokenizer, encoder.get_sentence_embedding_dimension(), config)
     concept = corpus.table[0].to(device)
     state = atu.start(llm, corpus, config)
@@ -323,11 +323,11 @@ def measure_memory(args, config, device: str) -> None:
     for layer in (10, 20, 29):
         for optimizer, lora, checkpointing in (("sgd", 0, False), ("adamw", 0, False), ("sgd", 0, True), ("adamw", 8, False),
                                                ("adamw", 8, True)):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
             llm, tokenizer, encoder = make(args.shape, device)
             now = dataclasses.replace(config, layer=layer, optimizer=optimizer, lora=lora, checkpointing=checkpointing)
-            llm = train.add_adapters(llm.bfloat16(), now) if lora else llm.bfloat16()
+            llm, state = train.add_adapters(llm.bfloat16(), now) if lora else llm.bfloat16(), None
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
             corpus = make_corpus(tokenizer, encoder.get_sentence_embedding_dimension(), now)
             try:
                 state = atu.start(llm, corpus, now)

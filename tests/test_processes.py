@@ -52,14 +52,15 @@ def begin_alone(words: list[str], records: int, monkeypatch) -> None:
                 train.main(words)
 
 
-@pytest.mark.parametrize("method, scoring, records", [
-    ("atu", "--whole", 0), ("atu by adapters", "--no-whole", 0), ("ga", "--no-whole", 5), ("dpo", "--whole", 0), ("atu", "--whole", 10)])
-def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch, method, scoring, records):
+@pytest.mark.parametrize("method, flags, records", [
+    ("atu", "--whole --checkpointing", 0), ("atu by adapters", "--no-whole", 0), ("ga", "--no-whole", 5), ("dpo", "--whole --cache host", 0),
+    ("atu", "--whole", 10)])
+def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch, method, flags, records):
     words = ["--target", "Ada Lark", "--model", str(folders["llm"]), "--encoder", str(folders["encoder"]), "--rwku", str(folders["rwku"]),
              *METHODS[method]]
     assert train.main([*words, "--out", str(tmp_path / "one")]) == 0
     begin_alone([*words, "--out", str(tmp_path / "two")], records, monkeypatch)
-    done = together([*words, scoring, "--out", str(tmp_path / "two"), "--resume"], 29400 + list(METHODS).index(method))
+    done = together([*words, *flags.split(), "--out", str(tmp_path / "two"), "--resume"], 29400 + list(METHODS).index(method))
     assert done.returncode == 0, done.stderr
     assert ("resumed |" in done.stdout) == (records > 0) and done.stdout.count("preset |") == 1  # the second is silent
     one, two = ([json.loads(text) for text in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))

@@ -170,7 +170,8 @@ def test_what_does_not_move_is_held_as_its_file_holds_it(arguments, folders, tmp
     assert train.main([*arguments(), "--model", str(tmp_path / "bf16"), *SMALL, "--no-recovery", flag]) == 0
     file, saved = (load_file(place / "model.safetensors") for place in (tmp_path / "bf16", tmp_path / "run" / "model"))
     moved = {name for name in file if name.startswith(("model.layers.0.", "model.layers.1."))}
-    assert {saved[name].dtype for name in moved} == {torch.float32} and {saved[name].dtype for name in file.keys() - moved} == {held}
+    rest = file.keys() - moved - {"model.embed_tokens.weight"}  # which is in fp32, for the sum of what the blocks add to it
+    assert {saved[name].dtype for name in saved.keys() - rest} == {torch.float32} and {saved[name].dtype for name in rest} == {held}
     assert all(torch.equal(saved[name].float(), file[name].float()) for name in file.keys() - moved)
     assert not any(torch.equal(saved[name], file[name].float()) for name in moved if name.endswith("proj.weight"))
 

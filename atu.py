@@ -204,9 +204,9 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
         if state.done % config.log_every == 0 or finished():
             state.record |= {"unlearn_loss": mean(forget), "retain_loss": mean(drift),
                              "active": sum(state.recent) / len(state.recent)}
-            yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step, "loss": mean(forget),
-                   "retain": mean(drift), "similarity": mean(similarity.mean() * share(mask)),
-                   "active": state.record["active"]}
+            yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step,
+                   "loss": state.record["unlearn_loss"], "retain": state.record["retain_loss"],
+                   "similarity": mean(similarity.mean() * share(mask)), "active": state.record["active"]}
     state.llm_optimizer.zero_grad()  # frees the gradients' memory
     state.head.requires_grad_(True)
     state.done, state.recent = 0, []

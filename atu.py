@@ -129,17 +129,17 @@ def cached_hidden_states(llm: nn.Module, input_ids: Tensor, config) -> Tensor:
     with autocast(llm, config):
         for ids in input_ids.split(config.batch * processes()[1]):
             hidden = hidden_states(llm, equal_part(ids).to(llm.device), config.layer).to(dtype)  # (B, T, D)
-            parts.append(everyones(hidden)[:len(ids)].to(place))
+            parts.append(gather_parts(hidden)[:len(ids)].to(place))
     return torch.cat(parts)                                                                      # (N, T, D)
 
 
-def align(state: State, corpus, hidden: Tensor, steps: int, config):
-    """Eq. 2: θ_E* = argmin E[L_align]. M is frozen: its hidden states come in as a cache, computed once a round.
+def align(state: State, corpus, steps: int, config):
+    """Eq. 2: θ_E* = argmin E[L_align]. M is frozen: its hidden states are `state.hidden`, computed once a round.
 
-    hidden: (N, T, D) of the corpus. Yields a record every `log_every` steps and at the last.
-    Reads align_batch, clip, bf16, log_every, seed.
+    Yields a record every `log_every` steps and at the last. Reads align_batch, clip, bf16, log_every, seed.
     """
-    texts, device = torch.arange(len(hidden)), state.llm.device
+    hidden, device = state.hidden, state.llm.device                                     # (N, T, D)
+    texts = torch.arange(len(hidden))
     while state.done < steps:
         batch = draw(texts, config.align_batch, state.done, config.seed, state.stage)   # (B,)
         rows = mine(batch)
@@ -148,7 +148,7 @@ def align(state: State, corpus, hidden: Tensor, steps: int, config):
 
         with autocast(state.llm, config):
             predicted = state.head(hidden[rows.to(hidden.device)].to(device))           # (B, T, E)
-        loss = alignment_loss(predicted.float(), reference, valid) * share(valid)
+        loss = alignment_loss(predicted.float(), reference, valid) * share(valid)       # (share: 1 in one process)
         # θ_E ← θ_E - η ∇L_align
         optimize(loss, state.head_optimizer, config.clip)
 
@@ -164,7 +164,7 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
     """Eq. 4: θ_M* = argmin E[L_unlearn]. E is frozen; only blocks 1..layer of M run.
 
     concept: (E,). The retain term (not in the paper) holds the texts that are not about the concept to
-    `state.original`; with `retain_weight` 0 neither is touched, and that may be None.
+    `state.original`; with `retain_weight` 0 these are not read, and that may be None.
     Ends when at most `inactive` of the positions were above the margin in the last pass over the texts, or after
     `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
     Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, seed.
@@ -228,18 +228,17 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
         began, tau, steps = time.perf_counter(), None, config.align_steps
         state.hidden = None if state.stage else state.original
         if state.stage:
+            state.original = state.original if config.retain_weight else None  # frees its memory
             tau, steps = config.taus[state.stage - 1], config.realign_steps
             if not state.aligning:
                 yield from unlearn(state, concept, corpus, tau, config)
             state.aligning = True
             state.hidden = cached_hidden_states(state.llm, corpus.input_ids, config)                # (N, T, D)
-        yield from align(state, corpus, state.hidden, steps, config)
+        yield from align(state, corpus, steps, config)
         record = {"kind": "stage", "stage": state.stage, "tau": tau, "steps": state.step - state.began[0],
                   **{name: state.record.get(name) for name in ("align_loss", "unlearn_loss", "retain_loss", "active")},
                   **similarities(state.head, state.hidden, concept, corpus, config),
                   "seconds": time.perf_counter() - began, "tokens": state.tokens - state.began[1]}
-        if not config.retain_weight:
-            state.original = None  # frees its memory when the next stage begins
         state.next_stage()
         yield record
 
@@ -249,16 +248,16 @@ def recovery(llm: nn.Module, concept: Tensor, corpus, config, hidden: Tensor | N
 
     The same seed, batches and steps as stage 0 of `align_then_unlearn`, so that on the untouched model it is that
     very head. hidden: M's `cached_hidden_states` of the corpus, if they are known. Returns the fresh head's
-    `similarities`. M is not changed.
+    `similarities`. M is not changed. Reads, beside what its parts read, seed, head_depth, head_width, head_lr,
+    align_steps.
     """
     head = new_head(llm, corpus.table.shape[1], config)
     optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
     state = State(llm, head, None, optimizer)
-    if hidden is None:
-        hidden = cached_hidden_states(llm, corpus.input_ids, config)
-    for _ in align(state, corpus, hidden, config.align_steps, config):
+    state.hidden = cached_hidden_states(llm, corpus.input_ids, config) if hidden is None else hidden
+    for _ in align(state, corpus, config.align_steps, config):
         pass
-    return similarities(head, hidden, concept.to(llm.device), corpus, config)
+    return similarities(head, state.hidden, concept.to(llm.device), corpus, config)
 
 
 @torch.no_grad()
@@ -341,7 +340,7 @@ def equal_part(rows: Tensor) -> Tensor:
     return rows[torch.arange(number * size, (number + 1) * size) % len(rows)]
 
 
-def everyones(part: Tensor) -> Tensor:
+def gather_parts(part: Tensor) -> Tensor:
     """The equal parts of all processes, one below the other, (n, ...) -> (n count, ...)."""
     count = processes()[1]
     if count == 1:

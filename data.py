@@ -141,7 +141,7 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def everyones(part: list) -> list:
+def gather_items(part: list) -> list:
     """The items of all processes, of which each has every count-th, beginning with its number."""
     number, count = processes()
     if count == 1:
@@ -154,7 +154,7 @@ def everyones(part: list) -> list:
     return whole
 
 
-def first_s(thing):
+def from_first(thing):
     """What the first process has; the others give anything."""
     if processes()[1] > 1:
         dist.broadcast_object_list(things := [thing], 0)
@@ -472,7 +472,8 @@ def padded(rows: list[list], value) -> Tensor:
 
 
 def pieces(text: str, tokenizer, length: int) -> list[str]:
-    """A text in pieces of `length` tokens, the last one ending with the text."""
+    """A text in pieces of `length` tokens, the tokenizer's special ones counted; the last one ends with the text."""
+    length = max(length - tokenizer.num_special_tokens_to_add(), 1)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     starts = [*range(0, max(len(ids) - length, 0), length), max(len(ids) - length, 0)]
     return [tokenizer.decode(ids[start:start + length]) for start in starts]
@@ -573,7 +574,7 @@ def embed(texts: list[str], encoder) -> Tensor:
     key.update(json.dumps([encoder.max_seq_length, *texts]).encode())
     file = CACHE / "embeddings" / f"{key.hexdigest()[:32]}.safetensors"
     number, count = processes()
-    if first_s(file.exists()):
+    if from_first(file.exists()):
         try:
             return load_file(file)["embeddings"]
         except SafetensorError as error:
@@ -582,7 +583,7 @@ def embed(texts: list[str], encoder) -> Tensor:
             encoder.device.type, torch.bfloat16, enabled=fast == torch.bfloat16):
         table = encoder.encode(texts[number::count], batch_size=256, normalize_embeddings=True, convert_to_tensor=True,
                                show_progress_bar=None if len(texts) > 1000 else False).float().cpu()
-    table = torch.from_numpy(np.stack(everyones(list(table.numpy()))))
+    table = torch.from_numpy(np.stack(gather_items(list(table.numpy()))))
     if number:
         return table
     partial = file.with_suffix(f".{os.getpid()}")
@@ -713,9 +714,14 @@ def cached_rows(kind: str, subject: str, intro: str, count: int, llm, tokenizer,
                 writer: str) -> list[dict]:
     """`write_rows`, kept on disk under a hash of what was asked of the `writer` (`fingerprint`). Raises BadInput."""
     asked = [writer, kind, recipe("positive", subject, intro)[0], count, seed, tokens, RECIPES, REFUSALS]
+    return kept(asked, lambda: write_rows(kind, subject, intro, count, llm, tokenizer, seed, tokens))
+
+
+def kept(asked: list, write) -> list:
+    """What `write()` gives, kept on disk under a hash of what was `asked`. Raises BadInput."""
     file = CACHE / "texts" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.json"
     if not file.exists():
-        rows = write_rows(kind, subject, intro, count, llm, tokenizer, seed, tokens)
+        rows = write()
         with caching(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, rows)
@@ -781,10 +787,10 @@ def main(argv: list[str] | None = None) -> int:
                 asked = [([{"role": "user", "content": prompt}], "") for prompt in prompts]
                 texts = write_texts(llm, tokenizer, asked, args.seed, args.tokens, args.batch)
                 rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]
+        write_json(args.out, rows)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_json(args.out, rows)
     print(f"wrote | {len(rows)} rows | {args.out}")
     return 0
 

@@ -499,8 +499,12 @@ def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch: int = 80, bef
 
     before: a text before every prompt (ICU). shots: examples in a prompt at most. The model answers in bf16 (a copy;
     the model's own stay) where bf16 is wanted and fast, else in fp32. Model, tokenizer and random state are left
-    as they were.
+    as they were. Raises BadInput for a model that rescales its logits.
     """
+    for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):  # Cohere's, Granite's, Gemma 2's
+        if getattr(llm.config, name, None) not in (None, 1):
+            raise data.BadInput(f"{type(llm).__name__}: rescales its logits ({name}), and here they are taken straight "
+                                "from the LM head; take another model")
     dtype = data.fast_dtype(llm.device) if bf16 else torch.float32
     voice = speaker(llm, dtype)
     if voice is not llm:
@@ -565,8 +569,9 @@ OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", 
 
 def read_runs(folders: list[Path], needed: tuple[str, ...], mixed: bool) -> dict[tuple[str, str], list[dict]]:
     """What results.json holds of each run, by (method, model); settings in which runs of a method differ are part of
-    its name. Raises BadInput where one lacks a `needed` score, and if models differ and not `mixed`."""
-    runs = []
+    its name. Raises BadInput where one lacks a `needed` score or is there twice, or if models differ and not `mixed`.
+    """
+    runs, seen = [], []
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         file = folder / "results.json"
         if not file.exists():
@@ -574,11 +579,17 @@ def read_runs(folders: list[Path], needed: tuple[str, ...], mixed: bool) -> dict
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
             missing = {name for scores in (run["before"], *run["stages"]) for name in needed if name not in scores}
-            runs.append(run | {"name": method_name(run["settings"]), "model": Path(run["settings"]["model"]).name})
+            runs.append(run | {"file": file, "name": method_name(run["settings"]),
+                               "model": Path(run["settings"]["model"]).name, "target": run["target"]})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise data.BadInput(f"{file}: not the results of a run ({type(error).__name__}: {error})") from error
         if missing:
             raise data.BadInput(f"{file}: has no {', '.join(sorted(missing))}, so no place in the table; leave it out")
+        same = {key: value for key, value in run["settings"].items() if key not in FREE} | {"target": run["target"]}
+        if same in seen:
+            other = runs[seen.index(same)]["file"]
+            raise data.BadInput(f"{file}: the same target, seed and settings as {other}; leave one out")
+        seen.append(same)
     models = sorted({run["settings"]["model"] for run in runs})
     if len(models) > 1 and not mixed:
         raise data.BadInput(f"--compare: runs of different models ({', '.join(models)}); "
@@ -837,6 +848,11 @@ def compare(args: argparse.Namespace) -> int:
         if not 0 < level <= 100:
             raise data.BadInput(f"--levels {level:g}: percent, so above 0 and at most 100")
     groups = read_runs(args.compare, RELATIVE if args.relative else ABSOLUTE + RELATIVE, args.mixed)
+    rest_on = {key: sorted((run["target"], run["settings"]["seed"]) for run in runs) for key, runs in groups.items()}
+    if any(found != next(iter(rest_on.values())) for found in rest_on.values()):
+        print("note | not the same targets and seeds in all lines:")
+        for (name, _), found in rest_on.items():
+            print(f"note | {name} | " + ", ".join(f"{target} {seed}" for target, seed in found))
     shown = comparison(groups, args.levels, args.relative)
     print(aligned_text(*shown))
     data.write_text(files[0], markdown(*shown))

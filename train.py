@@ -138,9 +138,6 @@ TOKENS_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_s
 # Align-then-Unlearn by LoRA. smol: by trials on Leonardo da Vinci; phi3: not tried.
 ATU_LORA = {"phi3": {"optimizer": "adamw", "llm_lr": 1e-4}, "smol": {"llm_lr": 1e-3}}
 METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
-# GB that phi3 takes on a GPU, by arithmetic: what moves (its gradients, and AdamW's two moments; atu has SGD; adapters:
-# next to nothing), and the activations of a batch.
-PHI3_MEMORY = {"atu": (13, 29), "icu": (0, 0), "ga": (45, 29), "rt": (45, 29), "npo": (45, 58), "dpo": (45, 60)}
 
 
 def parse(argv: list[str] | None) -> Config:
@@ -195,7 +192,8 @@ def own_settings() -> str:
         lines.append(f"  {preset}: {alike}")
         lines += [f"    {name:<10} --llm-lr {llm_lr:<8g} --batch {batch:<3} --stages {stages}"
                   for name, (llm_lr, batch, stages) in methods.items()]
-        lines.append(f"    atu lora   --llm-lr {ATU_LORA[preset]['llm_lr']:g}")
+        lines.append("    atu lora   " + " ".join(
+            f"--{name.replace('_', '-')} {plain(value)}" for name, value in ATU_LORA[preset].items()))
     lines.append("  both: --retain-weight 1 with --retain; npo has --beta 0.2; runs/<target>-<method> is the folder")
     return "\n".join(lines)
 
@@ -215,12 +213,19 @@ def method_settings(config: Config) -> dict:
 
 
 def phi3_memory(given: dict) -> int:
-    """GB that phi3 takes with these flags, by arithmetic."""
-    moving, activations = PHI3_MEMORY.get(given.get("method", "atu"), PHI3_MEMORY["dpo"])
-    activations *= 2 if given.get("retain", "none") != "none" else 1
-    activations = min(activations, 4) if given.get("checkpointing") else activations
-    weights = 8 if given.get("lora") else 15 + 8  # bf16 ones, or fp32 ones and their copies in bf16
-    return weights + (0 if given.get("lora") else moving) + activations + (0 if given.get("cache") == "host" else 7)
+    """GB that phi3 takes with these flags, by arithmetic. Phi-3-mini: 3.8e9 weights in 32 blocks, 15.3 GB in fp32."""
+    config = dataclasses.replace(PHI3, **given | {"preset": "phi3"})
+    config = dataclasses.replace(config, **method_settings(config) | given)
+    blocks = {"atu": config.layer, "icu": 0}.get(config.method, 32)
+    moving = 0.0 if config.lora else 15.3 * blocks / 32
+    moments = 2 * moving if config.optimizer == "adamw" else 0.0
+    answering = 15.3 / 2                                                    # all weights in bf16
+    held = config.retain != "none" or (config.method == "atu" and config.retain_weight > 0)
+    passes = 1 + held + (config.method == "dpo")
+    activations = passes * blocks * config.batch * config.length / 4096     # 1 GB a block for 16 texts of 256 tokens
+    cached = 7 + 4 * held if aligns(config) and config.cache == "device" else 0
+    return math.ceil(answering + 2 * moving + moments                       # weights and gradients in fp32
+                     + (min(activations, 4) if config.checkpointing else activations) + cached)
 
 
 def choose_preset(name: str, device: str, needed: int) -> tuple[str, str]:
@@ -359,7 +364,6 @@ def claimed(config: Config):
         raise
     finally:
         lock.release()
-        (out / ".lock").unlink(missing_ok=True)
 
 
 def check_resume(config: Config) -> None:
@@ -401,7 +405,7 @@ class Material(NamedTuple):
     """What a run begins with, before texts become tokens."""
 
     target: str
-    meant: str                    # what the encoder is told
+    meant: list[str]              # what the encoder is told
     llm: torch.nn.Module | None   # with adapters, if any
     tokenizer: Any
     probes: dict[str, list[dict]]
@@ -438,7 +442,7 @@ def collect(config: Config) -> Material:
         others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
-    meant = passage or (f"{target}, {config.describe}" if config.describe else target)
+    meant = about if passage else [f"{target}, {config.describe}" if config.describe else target]
     llm = add_adapters(llm, config) if config.lora else llm
     return Material(target, meant, llm, tokenizer, probes, about, others, answers)
 
@@ -449,11 +453,11 @@ def load(config: Config) -> Work:
     found, shell = collect(config) if number == 0 else None, None
     if count > 1:
         llm, shell = split(found and found.llm, config)
-        found = data.first_s(found and found._replace(llm=None))._replace(llm=llm)
+        found = data.from_first(found and found._replace(llm=None))._replace(llm=llm)
     target, meant, llm, tokenizer, probes, about, others, answers = found
     encoder = data.load_encoder(config.encoder, config.device) if aligns(config) else None
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
-    concept = data.embed([meant], encoder)[0] if encoder else None                          # (E,)
+    concept = mean_direction(data.embed(meant, encoder)) if encoder else None               # (E,)
     if not any(score.startswith("forget") for score in probes) and "mia_forget" not in probes:
         print("data | no forget probes, so forgetting has no accuracy; mia is the loss x 100 on the run's own texts",
               flush=True)
@@ -469,6 +473,11 @@ def load(config: Config) -> Work:
                                 "fewer")
     ask_first = evaluate.ICU.format(subject=target) if config.method == "icu" else ""
     return Work(target, llm, tokenizer, probes, corpus, concept, forget, ask_first, shell)
+
+
+def mean_direction(embeddings: Tensor) -> Tensor:
+    """(n, E) of unit length -> (E,): the one there is, or what all pieces of a passage have in common."""
+    return embeddings[0] if len(embeddings) == 1 else torch.nn.functional.normalize(embeddings.mean(0), dim=0)
 
 
 def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[str, list[dict]]:
@@ -534,7 +543,8 @@ def write_material(llm, tokenizer, target: str, kind: str | None, config: Config
 
     corpus = config.corpus.removesuffix("_phi")
     about = [row["text"] for row in write(corpus, target, intro, config.corpus_size)]
-    neighbors = config.neighbors or data.ask_neighbors(llm, tokenizer, target, intro, 8)
+    neighbors = config.neighbors or data.kept(
+        [writer, "neighbors", target, intro], lambda: data.ask_neighbors(llm, tokenizer, target, intro, 8))
     near = [row["text"] for name in neighbors
             for row in write(corpus, name, "", max(config.corpus_size // len(neighbors), 1))]
     answers = write(kind, target, intro, config.corpus_size) if kind else []
@@ -677,9 +687,9 @@ def score(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]
         probes.setdefault(score, []).append(row)
     with atu.autocast(llm, config) if work.shell and not parts else nullcontext():
         scores, asked = evaluate.evaluate(llm, work.tokenizer, probes, config.eval_batch, ask_first, bf16=config.bf16)
-    recompute(work.llm, config)  # a split model has been set to evaluation
+    set_recomputing(work.llm, config)  # a split model has been set to evaluation
     if parts:
-        asked = data.everyones(asked)
+        asked = data.gather_items(asked)
         scores = evaluate.summary(asked)
     return scores | {"seconds": time.perf_counter() - began}, asked
 
@@ -707,7 +717,7 @@ def split(llm: torch.nn.Module | None, config: Config) -> tuple[torch.nn.Module,
         unfreeze(llm, config)
         weights = llm.state_dict()
         llm = copy.deepcopy(llm, {id(p): torch.nn.Parameter(p.to("meta"), p.requires_grad) for p in llm.parameters()})
-    shell = data.first_s(llm)
+    shell = data.from_first(llm)
     llm = copy.deepcopy(shell)
     buffers = {name: value.clone() for name, value in llm.named_buffers()}
     atu.shard(llm, config)
@@ -759,7 +769,7 @@ class Checkpoints:
         """Every `every` seconds, or `at_once`. Raises data.BadInput where the one before could not be written."""
         if self.written and self.written.done():
             self.wait()
-        if not data.first_s(at_once or time.perf_counter() - self.last >= self.every):
+        if not data.from_first(at_once or time.perf_counter() - self.last >= self.every):
             return
         self.wait()
         place = "cpu" if data.processes()[0] == 0 else "meta"
@@ -892,8 +902,14 @@ def recompute(llm, config: Config) -> None:
     """With `checkpointing`, blocks keep their input alone and compute the rest again in the backward pass."""
     if config.checkpointing:
         llm.activation_checkpointing_enable({"use_reentrant": False})
+        set_recomputing(llm, config)
+
+
+def set_recomputing(llm, config: Config) -> None:
+    """transformers computes again in blocks in training alone; the block itself, so that dropout, if any, stays off."""
+    if config.checkpointing:
         for block in llm.get_decoder().layers:
-            block.training = True  # transformers asks for it; of the block alone, so that dropout, if any, stays off
+            block.training = True
 
 
 def no_training(state: atu.State):
@@ -1110,8 +1126,8 @@ def main(argv: list[str] | None = None) -> int:
         with nullcontext() if first else redirect_stdout(open(os.devnull, "w")):
             config = parse(argv)
             with several(config.device), claimed(config) if first else nullcontext() as finished:
-                finished = data.first_s(finished)
-                config = dataclasses.replace(data.first_s(config), device=config.device)
+                finished = data.from_first(finished)
+                config = dataclasses.replace(data.from_first(config), device=config.device)
                 if finished:
                     print(f"resumed | {config.out}: finished already")
                 with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch; or take "

@@ -282,6 +282,7 @@ def measure_speed(args, config, device: str) -> None:
     corpus = make_corpus(tokenizer, encoder.get_sentence_embedding_dimension(), config)
     concept = corpus.table[0].to(device)
     state = atu.start(llm, corpus, config)
+    state.hidden = state.original
     whole = copy.deepcopy(llm)  # for the straightforward loops: neither compiled nor moved
     plain = atu.start(whole, corpus, config)
     for block in llm.get_decoder().layers if args.compile else ():
@@ -294,7 +295,7 @@ def measure_speed(args, config, device: str) -> None:
     floor = floors(llm, state.head, config, (args.prompts, length), golds, tokens, device)
     parts = {
         "alignment step": (config.align_batch * config.length, {
-            "ours": lambda: one(atu.align(state, corpus, state.original, 1, config)),
+            "ours": lambda: one(atu.align(state, corpus, 1, config)),
             "straightforward": lambda: straightforward_alignment(plain, corpus, encoder, tokenizer, config)}),
         "unlearning step": (config.batch * config.length * (2 if config.retain_weight else 1), {
             "ours": lambda: one(atu.unlearn(state, concept, corpus, -1.0, config)),

@@ -57,9 +57,9 @@ def test_padding_on_the_right_reaches_no_real_position(llm):
 
 def test_alignment_moves_the_head_alone_and_raises_the_cosine(llm, corpus):
     state = atu.start(llm, corpus, CONFIG)
-    hidden = atu.cached_hidden_states(llm, corpus.input_ids, CONFIG)
+    state.hidden = atu.cached_hidden_states(llm, corpus.input_ids, CONFIG)
     before_llm, before_head = weights(llm), weights(state.head)
-    records = run(atu.align(state, corpus, hidden, 60, CONFIG))
+    records = run(atu.align(state, corpus, 60, CONFIG))
     assert moved(before_llm, llm) == set()
     assert moved(before_head, state.head) == set(before_head)
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
@@ -69,8 +69,8 @@ def test_alignment_moves_the_head_alone_and_raises_the_cosine(llm, corpus):
 def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corpus, concept, train_embeddings):
     config = dataclasses.replace(CONFIG, train_embeddings=train_embeddings)
     state = atu.start(llm, corpus, config)
-    hidden = atu.cached_hidden_states(llm, corpus.input_ids, config)
-    run(atu.align(state, corpus, hidden, 40, config))
+    hidden = state.hidden = atu.cached_hidden_states(llm, corpus.input_ids, config)
+    run(atu.align(state, corpus, 40, config))
     state.head.zero_grad()
     before_llm, before_head = weights(llm), weights(state.head)
     start = atu.similarities(state.head, hidden, concept, corpus, config)
@@ -176,7 +176,8 @@ def test_alignment_counts_whole_windows_alone_and_draws_from_all_texts(llm, corp
     spoilt = corpus._replace(table=torch.cat([torch.full_like(corpus.table[:1], float("nan")), corpus.table]),
                              index=torch.where(corpus.valid, corpus.index + 1, 0))
     state = atu.start(llm, corpus, CONFIG)
-    (record,) = run(atu.align(state, spoilt, state.original, 3, CONFIG))
+    state.hidden = state.original
+    (record,) = run(atu.align(state, spoilt, 3, CONFIG))
     assert not corpus.valid.all() and 0 < record["loss"] < 2
     assert asked == [list(range(len(corpus.input_ids)))] * 3
 
@@ -194,9 +195,9 @@ def test_unlearning_does_not_see_padding(corpus, concept):
 def test_realignment_is_on_the_model_as_it_is_now_and_optimizers_are_kept(llm, corpus, concept, monkeypatch):
     real, seen = atu.align, []
 
-    def align(state, corpus, hidden, steps, config):
-        seen.append(torch.equal(hidden, atu.cached_hidden_states(llm, corpus.input_ids, config)))
-        yield from real(state, corpus, hidden, steps, config)
+    def align(state, corpus, steps, config):
+        seen.append(torch.equal(state.hidden, atu.cached_hidden_states(llm, corpus.input_ids, config)))
+        yield from real(state, corpus, steps, config)
 
     monkeypatch.setattr(atu, "align", align)
     config = dataclasses.replace(CONFIG, taus=(-0.9, -1.0), inactive=0.0, unlearn_steps=3)

@@ -292,3 +292,8 @@ def test_pieces_cover_a_passage_and_its_end(tokens, length):
     parts = [TOKENIZER(part)["input_ids"] for part in data.pieces(text, TOKENIZER, length)]
     assert all(len(part) <= length for part in parts) and parts[-1] == ids[-min(length, len(ids)):]
     assert sum(map(len, parts)) >= len(ids) and parts[0] == ids[:length]
+
+
+def test_pieces_leave_room_for_special_tokens(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "num_special_tokens_to_add", lambda: 2)
+    assert max(len(tokenizer(part)["input_ids"]) for part in data.pieces("the sea and the birds " * 9, tokenizer, 12)) == 10

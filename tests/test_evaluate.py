@@ -313,10 +313,11 @@ def runs(tmp_path):
         folder.mkdir()
         settings = {"method": method, "model": "/x/tiny", "layer": 2, "corpus": "positive", "retain": "none", "retain_weight": 1,
                     "lora": 0, "seed": 0} | settings
-        (folder / "results.json").write_text(json.dumps({"settings": settings, "before": stage(80, 100), "stages": stages}))
+        (folder / "results.json").write_text(json.dumps(
+            {"target": "Ada", "settings": settings, "before": stage(80, 100), "stages": stages}))
         return str(folder)
     recovery = {"similarity_target": {"untouched": 0.6, "unlearned": 0.5}}
-    return write, [write("a", "atu", [stage(50, 90), stage(30, 80, recovery=recovery)]), write("b", "atu", [stage(20, 70)]),
+    return write, [write("a", "atu", [stage(50, 90), stage(30, 80, recovery=recovery)]), write("b", "atu", [stage(20, 70)], seed=1),
                    write("c", "ga", [stage(60, 50)], corpus="passage", lora=8, retain="kl")]
 
 
@@ -378,6 +379,29 @@ def test_bad_runs(runs, tmp_path, capsys):
     assert "1 of 1" in capsys.readouterr().out
     assert len(errors) == 7 and "no such file" in errors[0] and "not the results of a run" in errors[1]
     assert "--levels nan" in errors[4] and "--limit: goes with --model" in errors[5] and not (tmp_path / "t.md").exists()
+
+
+def test_a_run_that_is_there_twice_is_refused(runs, tmp_path, capsys):
+    write, folders = runs
+    other = write("d", "atu", [stage(10, 10)], out="elsewhere", device="cuda")
+    assert evaluate.main(["--compare", *folders, other, "--out", str(tmp_path / "t")]) == 2
+    assert "d/results.json: the same target, seed and settings as" in capsys.readouterr().err
+
+
+def test_lines_on_different_targets_or_seeds_are_named(runs, tmp_path, capsys):
+    write, folders = runs
+    assert evaluate.main(["--compare", *folders, "--out", str(tmp_path / "t")]) == 0
+    assert "note | ATU + retain (F) | Ada 0, Ada 1\nnote | GA* + KL (L) | Ada 0\n" in capsys.readouterr().out
+    assert evaluate.main(["--compare", *folders[::2], "--out", str(tmp_path / "t")]) == 0
+    assert "note |" not in capsys.readouterr().out
+
+
+def test_a_model_that_rescales_its_logits_is_refused(llm, tokenizer):
+    llm.config.logits_scaling = 1.0
+    evaluate.evaluate(llm, tokenizer, {})
+    llm.config.logits_scaling = 8.0
+    with pytest.raises(data.BadInput, match="rescales its logits"):
+        evaluate.evaluate(llm, tokenizer, {})
 
 
 def test_a_level_counts_as_reached_at_or_below_relatively_and_below_absolutely():

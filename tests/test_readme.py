@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import torch
+
 import evaluate
 import train
 
@@ -33,6 +35,13 @@ def test_commands_parse(command, flags, capsys):
     else:
         asked = evaluate.arguments(arguments)
         assert asked.target or asked.compare
+
+
+def test_the_code_to_copy_runs():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1].replace("hidden_size=3072, embedding_size=768", "24, 8, 1, 16")
+    given = {"hidden": torch.randn(2, 5, 24, requires_grad=True), "reference": torch.randn(2, 5, 8)}
+    exec(code, given | dict.fromkeys(("valid", "mask"), torch.ones(2, 5, dtype=torch.bool)) | {"concept": torch.ones(8)})
+    assert given["hidden"].grad is not None
 
 
 def test_files_named_exist():

@@ -41,7 +41,7 @@ def finished(folders, tmp_path_factory):
 
 
 def test_a_run_writes_what_it_promises(finished):
-    assert {file.name for file in finished.iterdir()} == {
+    assert {file.name for file in finished.iterdir()} - {".lock"} == {
         "model", "head.safetensors", "config.json", "results.json", "log.jsonl", "curves.png"}
     results = json.loads((finished / "results.json").read_text())
     keys = {"forget_fb", "forget_qa", "forget_aa", "forget_all", "neighbor_all", "general", "general_gold", "seconds"}
@@ -255,6 +255,14 @@ def test_auto_takes_phi3_where_there_is_room(monkeypatch, gigabytes, preset):
     assert train.choose_preset("auto", "cpu", 72)[0] == "smol"
 
 
+@pytest.mark.parametrize("less, more", [
+    ({"layer": 10}, {}), ({}, {"optimizer": "adamw"}), ({}, {"retain_weight": 1.0}), ({}, {"batch": 32}), ({}, {"length": 512}),
+    ({"lora": 8}, {}), ({"checkpointing": True}, {}), ({"cache": "host"}, {}), ({"method": "icu"}, {}), ({}, {"method": "ga"}),
+    ({"method": "ga"}, {"method": "ga", "retain": "kl"}), ({"method": "npo"}, {"method": "dpo", "batch": 16})])
+def test_what_phi3_needs_follows_the_flags(less, more):
+    assert 0 < train.phi3_memory(less) < train.phi3_memory(more)
+
+
 def test_where_the_hub_cannot_be_reached_the_error_names_the_way_out(arguments, capsys):
     assert train.main([*arguments("--model", "microsoft/Phi-3-mini-4k-instruct"), *SMALL]) == 2
     assert "--preset smol" in capsys.readouterr().err
@@ -376,11 +384,14 @@ def test_a_loss_that_is_not_finite_ends_a_method_on_tokens(arguments, tmp_path, 
 
 def test_the_concept_is_the_name_with_what_describes_it_or_the_passage(arguments, folders, tmp_path, encoder, monkeypatch):
     (tmp_path / "passage.txt").write_text("Ada Lark painted the birds of the sea. " * 4)
-    words = arguments()
+    words, short = arguments(), ("Ada Lark painted the birds of the sea. " * 4).strip()
     for flags, meant in ((words, "Ada Lark"), ([*words, "--describe", "a painter"], "Ada Lark, a painter"),
-                         ([*words[2:], "--target-text", str(tmp_path / "passage.txt")], ("Ada Lark painted the birds of the sea. " * 4).strip())):
-        work = train.load(train.parse([*flags, *SMALL]))
+                         ([*words[2:], "--target-text", str(tmp_path / "passage.txt"), "--length", "60"], short)):
+        work = train.load(train.parse([*SMALL, *flags]))
         assert torch.equal(work.concept, data.embed([meant], encoder)[0])
+    work = train.load(train.parse([*words[2:], *SMALL, "--target-text", str(tmp_path / "passage.txt"), "--length", "24"]))
+    parts = data.embed(data.pieces(short, work.tokenizer, 24), encoder)
+    assert len(parts) > 1 and torch.allclose(work.concept, torch.nn.functional.normalize(parts.mean(0), dim=0))
     monkeypatch.setattr(data, "cached_rows", lambda kind, subject, *_: [{"text": f"{subject} is here, and has been for long."}])
     work = train.load(train.parse([*arguments("--target", "The Zoo"), *SMALL, "--neighbors", "Owl"]))
     assert work.probes["mia_forget"] == [{"text": "The Zoo is here, and has been for long."}]
@@ -486,6 +497,7 @@ def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path,
     assert "forget_all" not in results["before"] and {"mia_forget", "mia_retain", "general"} <= set(results["after"])
     assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
     monkeypatch.setattr(data, "write_rows", lambda *a, **k: pytest.fail("written again"))
+    monkeypatch.setattr(data, "ask_neighbors", lambda *_: pytest.fail("asked again"))
     assert train.main([*arguments("--target", "The Zoo"), *flags, "--out", str(tmp_path / "again")]) == 0
     again, _, _ = outcome(tmp_path / "again")
     assert again["after"]["mia_forget"] == results["after"]["mia_forget"]

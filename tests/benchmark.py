@@ -279,11 +279,11 @@ def measure_speed(args, config, device: str) -> None:
     tokens, golds = 30, 4
     llm, tokenizer, encoder = make(args.shape, device)
     llm = llm.bfloat16() if args.shape == "phi3" else llm  # as the file
-    corpus = make_corpus(tokenizer, encoder.get_sentence_embedding_dimension(), config)
+    corpus = make_corpus(tokenizer, SHAPES[args.shape][2][0], config)
     concept = corpus.table[0].to(device)
     state = atu.start(llm, corpus, config)
     state.hidden = state.original
-    whole = copy.deepcopy(llm)  # for the straightforward loops: neither compiled nor moved
+    whole = copy.deepcopy(llm) if args.compile else llm  # for the straightforward loops, which are not compiled
     plain = atu.start(whole, corpus, config)
     for block in llm.get_decoder().layers if args.compile else ():
         block.compile()
@@ -329,7 +329,7 @@ def measure_memory(args, config, device: str) -> None:
             llm, state = train.add_adapters(llm.bfloat16(), now) if lora else llm.bfloat16(), None
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            corpus = make_corpus(tokenizer, encoder.get_sentence_embedding_dimension(), now)
+            corpus = make_corpus(tokenizer, SHAPES[args.shape][2][0], now)
             try:
                 state = atu.start(llm, corpus, now)
                 train.recompute(llm, now)

@@ -728,7 +728,8 @@ def plot(file: Path, panels: list[dict]) -> None:
     from matplotlib import pyplot
     size = (5.2 * len(panels), 4)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[0], panels):
+    for axis, panel, after in zip(axes[0], panels, [*panels[1:], None]):
+        axis.set_prop_cycle(color=matplotlib.colormaps["tab10" if len(panel["lines"]) <= 10 else "tab20"].colors)
         for label, (xs, ys) in panel["lines"].items():
             axis.plot(xs, ys, marker="o" if len(xs) < 25 else None, markersize=4, label=label)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
@@ -736,8 +737,8 @@ def plot(file: Path, panels: list[dict]) -> None:
         if panel["y"] == "%":
             axis.set_ylim(0, 104)
         axis.grid(alpha=0.3)
-        if panel["lines"]:
-            axis.legend(fontsize=8)
+        if panel["lines"] and (after is None or after["lines"].keys() != panel["lines"].keys()):
+            axis.legend(fontsize=8)  # one for panels of the same lines
     partial = file.with_name(f".{file.name}")
     figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)

@@ -571,7 +571,7 @@ def read_runs(folders: list[Path], needed: tuple[str, ...], mixed: bool) -> dict
     """What results.json holds of each run, by (method, model); settings in which runs of a method differ are part of
     its name. Raises BadInput where one lacks a `needed` score or is there twice, or if models differ and not `mixed`.
     """
-    runs, seen = [], []
+    runs = []
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         file = folder / "results.json"
         if not file.exists():
@@ -579,17 +579,17 @@ def read_runs(folders: list[Path], needed: tuple[str, ...], mixed: bool) -> dict
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
             missing = {name for scores in (run["before"], *run["stages"]) for name in needed if name not in scores}
-            runs.append(run | {"file": file, "name": method_name(run["settings"]),
-                               "model": Path(run["settings"]["model"]).name, "target": run["target"]})
+            settings = {key: value for key, value in run["settings"].items() if key not in FREE}
+            run |= {"file": file, "name": method_name(settings), "model": Path(settings["model"]).name,
+                    "same": settings | {"target": run["target"]}}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise data.BadInput(f"{file}: not the results of a run ({type(error).__name__}: {error})") from error
         if missing:
             raise data.BadInput(f"{file}: has no {', '.join(sorted(missing))}, so no place in the table; leave it out")
-        same = {key: value for key, value in run["settings"].items() if key not in FREE} | {"target": run["target"]}
-        if same in seen:
-            other = runs[seen.index(same)]["file"]
-            raise data.BadInput(f"{file}: the same target, seed and settings as {other}; leave one out")
-        seen.append(same)
+        for other in runs:
+            if other["same"] == run["same"]:
+                raise data.BadInput(f"{file}: the same target, seed and settings as {other['file']}; leave one out")
+        runs.append(run)
     models = sorted({run["settings"]["model"] for run in runs})
     if len(models) > 1 and not mixed:
         raise data.BadInput(f"--compare: runs of different models ({', '.join(models)}); "
@@ -599,8 +599,8 @@ def read_runs(folders: list[Path], needed: tuple[str, ...], mixed: bool) -> dict
         alike = [other["settings"] for other in runs if other["name"] == run["name"] and other["model"] == run["model"]]
         varied = [key for key in run["settings"] if key not in OWN
                   and any(other.get(key) != run["settings"][key] for other in alike)]
-        settings = "".join(f", {key.replace('_', ' ')} {run['settings'][key]}" for key in varied)
-        groups.setdefault((run["name"] + settings, run["model"]), []).append(run)
+        differing = "".join(f", {key.replace('_', ' ')} {run['settings'][key]}" for key in varied)
+        groups.setdefault((run["name"] + differing, run["model"]), []).append(run)
     return dict(sorted(groups.items()))
 
 

@@ -156,14 +156,13 @@ def parse(argv: list[str] | None) -> Config:
         else:
             kind = {"type": type(smol), "metavar": item.name.upper()}
         explained = item.metadata["help"] + (shown if smol != "" and item.name != "preset" else "")
-        parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, help=explained,
+        parser.add_argument(dashed(item.name), default=argparse.SUPPRESS, help=explained,
                             **kind)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
     preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"), phi3_memory(given))
     print(f"preset | {preset}: {why}", flush=True)
-    config = dataclasses.replace(PRESETS[preset], **given | {"preset": preset})
-    config = dataclasses.replace(config, **method_settings(config) | given | {"preset": preset})
+    config = settled(preset, given)
     device = data.choose_device(config.device)
     if bool(config.target) == bool(config.target_text):
         raise data.BadInput("--target NAME or --target-text FILE: one of them, please")
@@ -184,18 +183,33 @@ def plain(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def dashed(name: str) -> str:
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def as_flags(settings: dict, between: str) -> str:
+    """Settings as the command line takes them."""
+    return between.join(f"{dashed(name)} {plain(value)}" for name, value in settings.items())
+
+
 def own_settings() -> str:
     """The end of --help: TOKENS and ATU_LORA, which stand in place of the defaults above."""
     lines = ["ga, npo, dpo and rt have settings of their own (ga*: ga with --corpus passage), all with AdamW:", ""]
     for preset, methods in TOKENS.items():
-        alike = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in TOKENS_ALIKE[preset].items())
-        lines.append(f"  {preset}: {alike}")
+        lines.append(f"  {preset}: {as_flags(TOKENS_ALIKE[preset], ', ')}")
         lines += [f"    {name:<10} --llm-lr {llm_lr:<8g} --batch {batch:<3} --stages {stages}"
                   for name, (llm_lr, batch, stages) in methods.items()]
-        lines.append("    atu lora   " + " ".join(
-            f"--{name.replace('_', '-')} {plain(value)}" for name, value in ATU_LORA[preset].items()))
+        lines.append(f"    atu lora   {as_flags(ATU_LORA[preset], ' ')}")
     lines.append("  both: --retain-weight 1 with --retain; npo has --beta 0.2; runs/<target>-<method> is the folder")
     return "\n".join(lines)
+
+
+def settled(preset: str, given: dict) -> Config:
+    """A preset, above it the method's own settings, above these what the command line has `given`."""
+    given = given | {"preset": preset}
+    config = dataclasses.replace(PRESETS[preset], **given)
+    return dataclasses.replace(config, **method_settings(config) | given)
 
 
 def method_settings(config: Config) -> dict:
@@ -214,8 +228,7 @@ def method_settings(config: Config) -> dict:
 
 def phi3_memory(given: dict) -> int:
     """GB that phi3 takes with these flags, by arithmetic. Phi-3-mini: 3.8e9 weights in 32 blocks, 15.3 GB in fp32."""
-    config = dataclasses.replace(PHI3, **given | {"preset": "phi3"})
-    config = dataclasses.replace(config, **method_settings(config) | given)
+    config = settled("phi3", given)
     blocks = {"atu": config.layer, "icu": 0}.get(config.method, 32)
     moving = 0.0 if config.lora else 15.3 * blocks / 32
     moments = 2 * moving if config.optimizer == "adamw" else 0.0
@@ -257,17 +270,17 @@ def check(config: Config) -> None:
     least["unlearn_steps"] = int(config.method == "atu")
     for name, bound in (least | {"length": 2, "head_width": 8}).items():
         if not getattr(config, name) >= bound:
-            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {bound}")
+            raise data.BadInput(f"{dashed(name)} {getattr(config, name)}: must be at least {bound}")
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise data.BadInput(f"--{item.name.replace('_', '-')} {value}: must be a finite number")
+            raise data.BadInput(f"{dashed(item.name)} {value}: must be a finite number")
     for name in ("clip", "beta"):
         if getattr(config, name) <= 0:
             raise data.BadInput(f"--{name} {getattr(config, name)}: must be above 0")
     for name in ("inactive", "stop_at"):
         if getattr(config, name) > 1:
-            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: a share, so at most 1")
+            raise data.BadInput(f"{dashed(name)} {getattr(config, name)}: a share, so at most 1")
     if config.seed >= 2**63:
         raise data.BadInput(f"--seed {config.seed}: must be below 2**63")
     for tau in config.taus:
@@ -309,7 +322,7 @@ def check_read(config: Config, given: dict) -> None:
     for names, read, goes_with in rules:
         for name in names.split():
             if not read and given.get(name, False) not in (False, "none"):
-                raise data.BadInput(f"--{name.replace('_', '-')}: goes with {goes_with}; leave it out")
+                raise data.BadInput(f"{dashed(name)}: goes with {goes_with}; leave it out")
 
 
 @contextmanager
@@ -382,9 +395,8 @@ def check_resume(config: Config) -> None:
         if name == "target":
             was, value = str(was).strip().casefold(), value.strip().casefold()
         if name not in evaluate.FREE and was != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise data.BadInput(f"--out {out}: holds a run with another {flag} ({was}, not {value}); name another "
-                                "folder")
+            raise data.BadInput(f"--out {out}: holds a run with another {dashed(name)} ({was}, not {value}); "
+                                "name another folder")
 
 
 class Work(NamedTuple):
@@ -902,7 +914,7 @@ def recompute(llm, config: Config) -> None:
     """With `checkpointing`, blocks keep their input alone and compute the rest again in the backward pass."""
     if config.checkpointing:
         llm.activation_checkpointing_enable({"use_reentrant": False})
-        set_recomputing(llm, config)
+    set_recomputing(llm, config)
 
 
 def set_recomputing(llm, config: Config) -> None:

@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-
 import torch
 
 import evaluate
@@ -39,9 +38,9 @@ def test_commands_parse(command, flags, capsys):
 
 def test_the_code_to_copy_runs():
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1].replace("hidden_size=3072, embedding_size=768", "24, 8, 1, 16")
-    given = {"hidden": torch.randn(2, 5, 24, requires_grad=True), "reference": torch.randn(2, 5, 8)}
-    exec(code, given | dict.fromkeys(("valid", "mask"), torch.ones(2, 5, dtype=torch.bool)) | {"concept": torch.ones(8)})
-    assert given["hidden"].grad is not None
+    hidden, every = torch.randn(2, 5, 24, requires_grad=True), torch.ones(2, 5, dtype=torch.bool)
+    exec(code, {"hidden": hidden, "reference": torch.randn(2, 5, 8), "concept": torch.ones(8), "valid": every, "mask": every})
+    assert hidden.grad is not None
 
 
 def test_files_named_exist():

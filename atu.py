@@ -1,13 +1,14 @@
 """The method of "Align-then-Unlearn" (arXiv 2506.13181): Eq. 2, Eq. 4 and the alternation of Sec. 3.
 
     align               Eq. 2   M is frozen, E learns to predict the embedding of the next k tokens
-    unlearn             Eq. 4   E is frozen, M is tuned until no prediction is closer than tau to the concept
+    unlearn             Eq. 4   E is frozen, M is tuned until (almost) no prediction is closer than tau to the concept
     align_then_unlearn  Sec. 3  align; then, for each tau: unlearn, realign
     recovery            Sec. 3  how readable the concept still is for a fresh, newly aligned E
 
 Symbols: llm is M, head is E; hidden h_t (B T D), predicted ê_t and reference e_t (B T E), concept e_unlearn (E).
 All four are plain loops (three of them generators of records): they print nothing and know no files.
-`config` is any object with the fields of train.Config that a docstring names.
+`config` is any object with the fields of train.Config that a docstring names. In a single process `mine`
+changes nothing, `share` is 1 and `mean` takes a tensor's value: read past them (they are in the last section).
 """
 
 import copy
@@ -44,7 +45,7 @@ class State:
     stage: int = 0              # 0 is the first alignment, s the s-th tau
     aligning: bool = False      # in a stage, E is aligned after M has been unlearned
     done: int = 0               # steps of the alignment or unlearning under way
-    recent: list[float] = field(default_factory=list)  # shares of positions above the margin in a pass's batches
+    recent: list[float] = field(default_factory=list)  # shares of positions above the margin in the last batches
     step: int = 0               # optimizer steps so far, of both kinds
     tokens: int = 0             # real tokens that went through M or E in them
     began: tuple[int, int] = (0, 0)  # `step` and `tokens` when the stage began
@@ -148,7 +149,7 @@ def align(state: State, corpus, steps: int, config):
 
         with autocast(state.llm, config):
             predicted = state.head(hidden[rows.to(hidden.device)].to(device))           # (B, T, E)
-        loss = alignment_loss(predicted.float(), reference, valid) * share(valid)       # (share: 1 in one process)
+        loss = alignment_loss(predicted.float(), reference, valid) * share(valid)
         # θ_E ← θ_E - η ∇L_align
         optimize(loss, state.head_optimizer, config.clip)
 
@@ -165,8 +166,8 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
 
     concept: (E,). The retain term (not in the paper) holds the texts that are not about the concept to
     `state.original`; with `retain_weight` 0 these are not read, and that may be None.
-    Ends when at most `inactive` of the positions were above the margin in the last pass over the texts, or after
-    `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
+    Ends when at most `inactive` of the positions were above the margin in the last batches, as many as a pass over the
+    texts has, or after `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
     Reads layer, batch, clip, bf16, log_every, retain_weight, unlearn_steps, inactive, seed.
     """
     device, about, others = state.llm.device, corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]

@@ -132,7 +132,7 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
     """
     ends = [tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)]
     ends = torch.tensor([end for end in ends if end is not None], device=llm.device)
-    decoder, head, penalty = llm.get_decoder(), llm.get_output_embeddings(), repetition_penalty(llm)
+    decoder, lm_head, penalty = llm.get_decoder(), llm.get_output_embeddings(), repetition_penalty(llm)
     said, likely = [[] for _ in prompts], [0.0] * len(prompts)
     order = longest_first(prompts)
     for at in bar(range(0, len(order), batch), "answers"):
@@ -145,7 +145,7 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
 
         ended = torch.zeros(len(rows), dtype=torch.bool, device=llm.device)
         for n in range(tokens):
-            word = penalty(ids, head(last[:, -1]).float()).argmax(-1)                                   # (B,)
+            word = penalty(ids, lm_head(last[:, -1]).float()).argmax(-1)                                # (B,)
             ended |= torch.isin(word, ends)
             for i, w, over in zip(rows, word.tolist(), ended.tolist()):
                 said[i] += [w] * (not over)
@@ -538,10 +538,10 @@ def summary(rows: list[dict]) -> dict:
 def table(rows: dict[str, dict]) -> str:
     """Scores as aligned text: a line for each of `rows` (name -> scores), a column for each score that is there."""
     names = [name for name in SCORES if any(name in scores for scores in rows.values())]
-    width = max(map(len, rows), default=0)
-    lines = [" " * width + "".join(f"{name.replace('_', ' '):>14}" for name in names)]
+    width, wide = max(map(len, rows), default=0), max([14, *(len(name) + 2 for name in names)])
+    lines = [" " * width + "".join(f"{name.replace('_', ' '):>{wide}}" for name in names)]
     for row, scores in rows.items():
-        lines.append(f"{row:<{width}}" + "".join(f"{scores[name]:14.1f}" for name in names))
+        lines.append(f"{row:<{width}}" + "".join(f"{scores[name]:{wide}.1f}" for name in names))
     return "\n".join(lines)
 
 
@@ -560,8 +560,8 @@ PUBLISHED = {
 }
 
 
-# Settings that change nothing in what a run does, and those in which the runs of a line of the table may differ: means
-# are taken over them.
+# Settings that change nothing but rounding in what a run does, and those in which the runs of a line of the table may
+# differ: means are taken over them.
 FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every", "whole", "checkpointing", "cache",
         "compile")
 OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
@@ -641,7 +641,8 @@ def comparison(groups: dict, levels: list[float], relative: bool) -> tuple[list[
     """Table 1 of runs: (head, lines). A line is a method at a level or its end: mean ± standard deviation over runs.
 
     Absolute scores, the published rows below them; with `relative`, percent of what each run began with, and recovery
-    (`atu.recovery`: the similarity to the concept that a fresh head finds, untouched -> at that stage).
+    (`atu.recovery`: the similarity to the concept that a fresh head finds, untouched -> at that stage; "-" where not
+    all runs have measured it there).
     """
     everything = [run for runs in groups.values() for run in runs]
     columns = [*(RELATIVE if relative else ABSOLUTE),
@@ -654,9 +655,10 @@ def comparison(groups: dict, levels: list[float], relative: bool) -> tuple[list[
         return f"{mean:.1f}" + f" ± {spread:.1f}" * (len(values) > 1)
 
     def recovered(found: list[dict]) -> str:
-        means = [sum(f["similarity_target"][key] for f in found) / len(found) for key in ("untouched", "unlearned")
-                 ] if found else []
-        return " -> ".join(f"{mean:.2f}" for mean in means) or "-"
+        if not found or not all(stage.get("recovery") for stage in found):
+            return "-"
+        pairs = [stage["recovery"]["similarity_target"] for stage in found]
+        return " -> ".join(f"{sum(pair[key] for pair in pairs) / len(pairs):.2f}" for key in ("untouched", "unlearned"))
 
     lines = []
     for (name, model), runs in groups.items():
@@ -670,7 +672,7 @@ def comparison(groups: dict, levels: list[float], relative: bool) -> tuple[list[
             share = [{c: 100 / (run["before"][c] or float("nan")) if relative else 1.0 for c in columns}
                      for run, _ in at]
             cells = [cell([stage[c] * s[c] for (_, stage), s in zip(at, share)]) if at else "-" for c in columns]
-            cells += [recovered([stage["recovery"] for _, stage in at if stage.get("recovery")])] * relative
+            cells += [recovered([stage for _, stage in at])] * relative
             lines.append([name, model, level, *cells, f"{len(at)} of {len(runs)}"])
     if not relative:
         places = ["forget_fb", "forget_qa", "forget_aa", "neighbor_fb", "neighbor_qa", "mmlu"]
@@ -849,6 +851,9 @@ def compare(args: argparse.Namespace) -> int:
         if not 0 < level <= 100:
             raise data.BadInput(f"--levels {level:g}: percent, so above 0 and at most 100")
     groups = read_runs(args.compare, RELATIVE if args.relative else ABSOLUTE + RELATIVE, args.mixed)
+    for run in sum(groups.values(), []):
+        if run.get("stopped"):
+            print(f"note | {run['file']}: stopped ({run['stopped']}); its end is the last whole stage")
     rest_on = {key: sorted((run["target"], run["settings"]["seed"]) for run in runs) for key, runs in groups.items()}
     if any(found != next(iter(rest_on.values())) for found in rest_on.values()):
         print("note | not the same targets and seeds in all lines:")

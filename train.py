@@ -86,7 +86,8 @@ class Config:
     unlearn_steps: int = option(40, "steps of unlearning in a stage: at most (atu, Eq. 4), exactly (others;\n"
                                     "0: one pass over the texts)")
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)")
-    inactive: float = option(0.02, "a stage ends when in a pass at most this share of positions was above tau")
+    inactive: float = option(0.02, "a stage ends when at most this share of positions was above tau in the last\n"
+                                   "batches, as many as a pass over the target's texts has")
     retain_weight: float = option(10.0, "weight of the retain term (atu: ours, 0 is the paper; others: of --retain)")
     retain: str = option("none", "what holds other texts in ga, npo, dpo, rt: none, nll (Eq. 6) or kl (Eq. 7)")
     beta: float = option(0.1, "how softly npo (Eq. 8) and dpo push")
@@ -562,7 +563,7 @@ def write_material(llm, tokenizer, target: str, kind: str | None, config: Config
     answers = write(kind, target, intro, config.corpus_size) if kind else []
     print(f"data | {target}: in no dataset; the model wrote {len(about)} texts on it and {len(near)} on its neighbors "
           f"({', '.join(neighbors)})", flush=True)
-    if not about:
+    if not about or kind and not answers:
         raise data.BadInput(f"--target {target}: the model wrote nothing about it; --describe says what it is")
     return about, near, answers
 
@@ -854,7 +855,7 @@ def write_checkpoint(file: Path, tensors: dict[str, Tensor], rest: str) -> None:
     partial = file.with_name(f".{file.name}")
     try:
         save_file(tensors, partial, metadata={"rest": rest, "sha256": data.hashed(tensors, rest).hexdigest()})
-        with open(partial, "rb") as written:
+        with open(partial, "rb+") as written:
             os.fsync(written.fileno())
         partial.replace(file)
     except (OSError, SafetensorError) as error:
@@ -890,6 +891,7 @@ def begin(work: Work, config: Config):
         return state, atu.align_then_unlearn(state, work.concept, work.corpus, config)
     state = atu.State(work.llm, None, None, None, stage=1)
     if config.method == "icu":
+        work.llm.requires_grad_(False)
         return state, no_training(state)
     unfreeze(work.llm, config)
     state.llm_optimizer = atu.llm_optimizer(work.llm, config)
@@ -941,7 +943,7 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
     `unlearn_steps` steps, or (0) one pass over the texts.
     """
     llm, device = state.llm, state.llm.device
-    forgotten, kept = torch.arange(len(forget[0][0])), (~corpus.about).nonzero()[:, 0]
+    forgotten, others = torch.arange(len(forget[0][0])), (~corpus.about).nonzero()[:, 0]
     count = config.unlearn_steps or math.ceil(len(forgotten) / config.batch)
     for group in state.llm_optimizer.param_groups:
         group["initial_lr"] = config.llm_lr
@@ -953,26 +955,26 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
             batch = atu.draw(forgotten, config.batch, state.step, config.seed)                  # (B,)
             rows = atu.mine(batch)
             batches = [(ids[rows].to(device), mask[rows].to(device)) for ids, mask in forget]
-            before = [logp[rows].to(device) for logp in reference]                              # each (B,)
-            loss = token_loss([(logits(llm, ids, config), ids, mask) for ids, mask in batches], before, config)
+            known = [logp[rows].to(device) for logp in reference]                               # each (B,)
+            loss = token_loss([(logits(llm, ids, config), ids, mask) for ids, mask in batches], known, config)
             loss = loss * atu.share(batches[0][1].any(1) if reference else batches[0][1][:, 1:])  # of texts, of tokens
 
-            held = torch.zeros_like(loss)
+            retain = torch.zeros_like(loss)
             if config.retain != "none":
-                others = atu.draw(kept, config.batch, state.step, config.seed)                  # (B,)
-                rows = atu.mine(others)
+                held = atu.draw(others, config.batch, state.step, config.seed)                  # (B,)
+                rows = atu.mine(held)
                 ids, mask = corpus.input_ids[rows].to(device), corpus.mask[rows].to(device)     # (B, T) each
                 now = logits(llm, ids, config)                                                  # (B, T, V)
-                held = losses.kl_loss(now, ask(ids), mask) if ask else losses.likelihood_loss(now, ids, mask)
-                held = held * atu.share(mask[:, 1:])
-                state.tokens += int(corpus.mask[others].sum())
-            atu.optimize(loss + config.retain_weight * held, state.llm_optimizer, config.clip)
+                retain = losses.kl_loss(now, ask(ids), mask) if ask else losses.likelihood_loss(now, ids, mask)
+                retain = retain * atu.share(mask[:, 1:])
+                state.tokens += int(corpus.mask[held].sum())
+            atu.optimize(loss + config.retain_weight * retain, state.llm_optimizer, config.clip)
             schedule.step()
 
             state.done, state.step = state.done + 1, state.step + 1
             state.tokens += sum(int(mask[batch].sum()) for _, mask in forget)
             if state.done % config.log_every == 0 or state.done == count:
-                state.record = {"unlearn_loss": atu.mean(loss), "retain_loss": atu.mean(held)}
+                state.record = {"unlearn_loss": atu.mean(loss), "retain_loss": atu.mean(retain)}
                 yield {"kind": "unlearn", "stage": state.stage, "step": state.step,
                        "loss": state.record["unlearn_loss"], "retain": state.record["retain_loss"]}
         state.llm_optimizer.zero_grad()  # frees the gradients' memory
@@ -1037,8 +1039,9 @@ def stage_name(record: dict) -> str:
 
 
 def levels(stages: list[dict]) -> dict:
-    """Table 1: the first stage whose mean forget accuracy is below 50, 35 and 20 %; None where none is."""
-    return {str(level): evaluate.first_stage({"stages": stages}, level, False) for level in (50, 35, 20)}
+    """Table 1: the name of the first stage whose mean forget accuracy is below 50, 35 and 20 %; None where none is."""
+    found = {str(level): evaluate.first_stage({"stages": stages}, level, False) for level in (50, 35, 20)}
+    return {level: stage and stage_name(stage["record"]) for level, stage in found.items()}
 
 
 def versions(device: str) -> dict:
@@ -1096,8 +1099,7 @@ def report(results: dict, before: list[dict], after: list[dict], out: Path) -> N
     print("\n" + evaluate.table(rows | {"after": results["after"]}))
     measured = any(score in results["before"] for score in ("forget_all", "forget_text"))
     for level, stage in results["levels"].items() if measured else ():
-        reached = f"first at {stage_name(stage['record'])}" if stage else "not reached"
-        print(f"level | mean forget accuracy below {level} % | {reached}")
+        print(f"level | mean forget accuracy below {level} % | {f'first at {stage}' if stage else 'not reached'}")
     for key, value in results["recovery"].items():
         print(f"recovery | {key} | fresh head on the untouched model {value['untouched']:.3f} | "
               f"on the unlearned one {value['unlearned']:.3f}")

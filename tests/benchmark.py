@@ -7,8 +7,10 @@ and a batch of answers it prints the time measured, and its floor: the sum over 
 the larger of two times, that of the arithmetic at the matrix rate measured here at that very shape, and that of the
 bytes at the copy rate. The straightforward loop, which is here alone, runs the whole model with all its hidden states
 and the encoder on every window, and caches nothing; both loops run on batches of the same shape, in turn, in this
-process. From the steps' times it projects the preset's schedule without early stops. --memory: peak memory of a GPU
-in an unlearning step, by layer, optimizer, adapters, and activations kept or not.
+process. From the steps' times it projects the preset's schedule without early stops, ours with the two caches that its
+alignment steps rest on (hidden states once a round, windows' embeddings once), of a corpus of --texts. Scores and
+recovery are in neither. --memory: peak memory of a GPU in an unlearning step, by layer, optimizer, adapters, and
+activations kept or not.
 """
 
 import argparse
@@ -108,12 +110,12 @@ class Floor:
         self.product(length, width, length, batch * heads, times * (1 + 2 * backward))
         self.product(length, length, width, batch * heads, times * (1 + 2 * backward))
 
-    def block(self, config, batch: int, length: int, backward: str, times: int) -> None:
+    def block(self, config, batch: int, length: int, backward: str, times: int, input_moves: bool = True) -> None:
         """A block of the language model: attention with grouped queries, a gated feed-forward layer, two norms."""
         D, F, tokens = config.hidden_size, config.intermediate_size, batch * length
         width = D // config.num_attention_heads
         kv = width * config.num_key_value_heads
-        self.linear(tokens, D, D + 2 * kv, backward, times)
+        self.linear(tokens, D, D + 2 * kv, backward if input_moves else backward.replace("i", ""), times)
         self.attention(batch, config.num_attention_heads, length, width, bool(backward), times)
         self.linear(tokens, D, D, backward, times)
         self.linear(tokens, D, 2 * F, backward, times)
@@ -240,7 +242,7 @@ def floors(llm, head, config, prompts: tuple[int, int], golds: int, tokens: int,
 
     floor = found["unlearning step"]
     texts = config.batch * (2 if config.retain_weight else 1)
-    floor.block(shape, texts, config.length, "w", 1)  # nothing before the first block moves
+    floor.block(shape, texts, config.length, "iw", 1, input_moves=False)
     floor.block(shape, texts, config.length, "iw", config.layer - 1)
     floor.head(head, config.batch, config.length, "i")
     floor.update(sum(p.numel() for p in llm.get_decoder().layers[:config.layer].parameters()), config.optimizer == "adamw")
@@ -257,14 +259,36 @@ def floors(llm, head, config, prompts: tuple[int, int], golds: int, tokens: int,
     return found
 
 
-def report(name: str, tokens: int, ours: list[float], other: list[float], floor: Floor, device: str) -> None:
+def caches_seconds(llm, corpus, encoder, tokenizer, config, device: str) -> tuple[float, float]:
+    """What alignment has cached, by text: its hidden states, and its windows' embeddings, all of them distinct."""
+    windows = corpus.input_ids[:, 1:].unfold(1, config.window, 1).reshape(-1, config.window)
+    texts = list(dict.fromkeys(tokenizer.batch_decode(windows)))
+
+    def encode() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            data.CACHE = Path(folder)
+            data.embed(texts, encoder)
+
+    hidden = seconds(lambda: atu.cached_hidden_states(llm, corpus.input_ids, config), device)
+    return hidden / len(corpus.input_ids), seconds(encode, device) / len(corpus.input_ids)
+
+
+def peak_memory(work, device: str) -> str:
+    """On a GPU, that of `work()` and of all that is held beside it."""
+    if not device.startswith("cuda"):
+        return ""
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return f" | peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+
+
+def report(name: str, tokens: int, ours: list[float], other: list[float], floor: Floor, device: str, peak: str) -> None:
     """A part's line."""
     middle, straight = statistics.median(ours), statistics.median(other)
     print(f"{name} | median {1e3 * middle:.1f} ms ({1e3 * min(ours):.1f} to {1e3 * max(ours):.1f}, {len(ours)} times) | "
           f"floor {1e3 * floor.seconds:.1f} ms | {middle / floor.seconds:.2f} x floor | {tokens / middle:.0f} tokens/s | "
           f"{floor.operations / middle / 1e12:.2f} TFLOP/s, {100 * floor.operations / middle / top_rate(floor.dtype, device):.0f} % of "
-          f"this device's | straightforward {1e3 * straight:.1f} ms | {straight / middle:.1f} x faster"
-          + (f" | peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.startswith("cuda") else ""), flush=True)
+          f"this device's | straightforward {1e3 * straight:.1f} ms | {straight / middle:.1f} x faster{peak}", flush=True)
 
 
 @cache
@@ -306,17 +330,21 @@ def measure_speed(args, config, device: str) -> None:
     }
     found = {}
     for name, (count, works) in parts.items():
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
         times = in_turn(works, device, args.seconds)
-        report(name, count, times["ours"], times["straightforward"], floor[name], device)
+        report(name, count, times["ours"], times["straightforward"], floor[name], device, peak_memory(works["ours"], device))
         found[name] = statistics.median(times["ours"]), statistics.median(times["straightforward"])
     preset = train.PRESETS[args.shape]
-    steps = {"alignment step": preset.align_steps + (len(preset.taus) - 1) * preset.realign_steps,
+    steps = {"alignment step": preset.align_steps + len(preset.taus) * preset.realign_steps,
              "unlearning step": len(preset.taus) * preset.unlearn_steps}
-    ours, other = (sum(steps[name] * found[name][n] for name in steps) / 60 for n in (0, 1))
-    print(f"projected | {steps['alignment step']} alignment and {steps['unlearning step']} unlearning steps without early "
-          f"stops: {ours:.1f} min, straightforward {other:.1f} min", flush=True)
+    hidden, embedded = caches_seconds(llm, corpus, encoder, tokenizer, config, device)
+    hidden, embedded = hidden * args.texts * (1 + len(preset.taus)), embedded * args.texts
+    print(f"caches | {args.texts} texts: hidden states of {1 + len(preset.taus)} rounds {hidden:.1f} s, embeddings of all "
+          f"windows {embedded:.1f} s", flush=True)
+    align, unlearn = ([steps[name] * time for time in found[name]] for name in steps)
+    ours = align[0] + hidden + embedded
+    print(f"projected | {steps['alignment step']} alignment steps with their caches {ours / 60:.1f} min, straightforward "
+          f"{align[1] / 60:.1f} min, {align[1] / ours:.1f} x faster | {steps['unlearning step']} unlearning steps without "
+          f"early stops {unlearn[0] / 60:.1f} min, straightforward {unlearn[1] / 60:.1f} min", flush=True)
 
 
 def measure_memory(args, config, device: str) -> None:
@@ -349,9 +377,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=15, help="of measuring each part at least (default: 15)")
     parser.add_argument("--prompts", type=int, default=40, help="questions in the batch of answers (default: 40)")
+    parser.add_argument("--texts", type=int, default=600, help="of the projected run's corpus (default: 600)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as train.py --compile")
     parser.add_argument("--memory", action="store_true", help="a GPU's peak memory instead")
     args = parser.parse_args()
+    if args.memory and not args.device.startswith("cuda"):
+        parser.error("--memory: needs --device cuda")
     config = dataclasses.replace(train.PRESETS[args.shape], device=args.device, log_every=10**9, unlearn_steps=1,
                                  bf16=data.fast_dtype(args.device) == torch.bfloat16, align_steps=1)
     print(f"{args.shape} | {args.device} | {torch.get_num_threads()} threads | {'bf16' if config.bf16 else 'fp32'} | "

@@ -85,8 +85,7 @@ def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [stage["forget_all"] for stage in results["stages"]] == [40.0, 20.0]
     assert results["after"]["forget_all"] == 20.0
-    assert results["levels"]["50"]["forget_all"] == 40.0 and results["levels"]["35"]["forget_all"] == 20.0
-    assert results["levels"]["20"] is None
+    assert results["levels"] == {"50": "tau 0.2", "35": "tau 0.1", "20": None}
 
 
 @pytest.mark.parametrize("phase", ["align", "unlearn"])

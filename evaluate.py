@@ -585,7 +585,8 @@ def read_runs(folders: list[Path], needed: tuple[str, ...], mixed: bool) -> dict
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise data.BadInput(f"{file}: not the results of a run ({type(error).__name__}: {error})") from error
         if missing:
-            raise data.BadInput(f"{file}: has no {', '.join(sorted(missing))}, so no place in the table; leave it out")
+            raise data.BadInput(f"{file}: has no {', '.join(sorted(missing))} (runs without probes have none), so no "
+                                "place in the table; leave it out")
         for other in runs:
             if other["same"] == run["same"]:
                 raise data.BadInput(f"{file}: the same target, seed and settings as {other['file']}; leave one out")

@@ -287,6 +287,9 @@ def check(config: Config) -> None:
     for tau in config.taus:
         if not -1 <= tau <= 1:
             raise data.BadInput(f"--taus {tau}: a cosine similarity, so it must lie in [-1, 1]")
+    falling = sorted(config.taus, reverse=True)
+    if list(config.taus) != falling:
+        raise data.BadInput(f"--taus {plain(config.taus)}: margins are lowered stage by stage; {plain(tuple(falling))}")
     if config.head_width % 8:
         raise data.BadInput(f"--head-width {config.head_width}: must be a multiple of 8, the number of heads")
     evaluate.check_sets(config.sets)
@@ -350,6 +353,8 @@ def claimed(config: Config):
     """
     out = Path(config.out)
     new, lock = not out.exists(), FileLock(out / ".lock")
+    if out.is_dir() and not (out / "config.json").exists() and not {file.name for file in out.iterdir()} <= {".lock"}:
+        raise data.BadInput(f"--out {out}: not empty, and holds no run (no config.json); name another with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -384,8 +389,8 @@ def check_resume(config: Config) -> None:
     """Raises data.BadInput where the folder does not hold a run with these settings, or `resume` is not wanted."""
     out = Path(config.out)
     if not config.resume:
-        raise data.BadInput(f"--out {out}: already holds a run; go on with --resume, delete it, or name another folder "
-                            "with --out")
+        raise data.BadInput(f"--out {out}: already holds a run; go on with --resume, or name another folder with "
+                            "--out")
     try:
         saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -445,7 +450,7 @@ def collect(config: Config) -> Material:
     place = config.device if data.processes()[1] == 1 else "cpu"  # no device has to hold it alone
     llm, tokenizer = data.load_llm(config.model, place, "auto" if config.bf16 else torch.float32)
     check_blocks(llm, config)
-    check_passages(probes, llm, tokenizer)
+    check_passages(probes, llm, tokenizer, config)
     if config.device == "cpu":
         llm.set_attn_implementation("eager")  # short texts train a quarter faster on a CPU than with its SDPA kernels
     if passage:
@@ -472,8 +477,8 @@ def load(config: Config) -> Work:
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
     concept = mean_direction(data.embed(meant, encoder)) if encoder else None               # (E,)
     if not any(score.startswith("forget") for score in probes) and "mia_forget" not in probes:
-        print("data | no forget probes, so forgetting has no accuracy; mia is the loss x 100 on the run's own texts",
-              flush=True)
+        print("data | no forget probes, so forgetting has no accuracy, and all stages run; mia is the loss x 100 on "
+              "the run's own texts", flush=True)
         own = {"mia_forget": about, "mia_retain": others[:len(about)]}
         probes = {score: [{"text": text} for text in texts] for score, texts in own.items()} | probes
     print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
@@ -521,10 +526,11 @@ def check_target(target: str, known: bool, config: Config) -> None:
         raise data.BadInput(f"--neighbors {target}: that is the target itself; leave it out")
 
 
-def check_passages(probes: dict[str, list[dict]], llm, tokenizer) -> None:
+def check_passages(probes: dict[str, list[dict]], llm, tokenizer, config: Config) -> None:
     """Raises data.BadInput for a passage to forget or to keep that is too short or too long for this model."""
     longest = getattr(llm.config, "max_position_embeddings", 10**9)
-    for flag, score in (("--target-text", "forget_text"), ("--keep-text", "neighbor_text")):
+    for flag, score in ((f"--target-text {config.target_text}", "forget_text"),
+                        (f"--keep-text {config.keep_text}", "neighbor_text")):
         for row in probes.get(score, []):
             tokens = len(tokenizer(row["text"])["input_ids"])
             if not 20 <= tokens <= longest:
@@ -562,7 +568,7 @@ def write_material(llm, tokenizer, target: str, kind: str | None, config: Config
             for row in write(corpus, name, "", max(config.corpus_size // len(neighbors), 1))]
     answers = write(kind, target, intro, config.corpus_size) if kind else []
     print(f"data | {target}: in no dataset; the model wrote {len(about)} texts on it and {len(near)} on its neighbors "
-          f"({', '.join(neighbors)})", flush=True)
+          f"({', '.join(neighbors) or 'it named none; --neighbors does'})", flush=True)
     if not about or kind and not answers:
         raise data.BadInput(f"--target {target}: the model wrote nothing about it; --describe says what it is")
     return about, near, answers
@@ -1070,7 +1076,7 @@ def save(out: Path, llm, tokenizer, head, config: Config) -> None:
 
 
 def panels(before: dict, stages: list[dict], steps: list[dict]) -> list[dict]:
-    """The panels of curves.png: similarity and loss by step; accuracy by stage (Fig. 6); the trade-off (Fig. 4)."""
+    """The panels of curves.png: similarity and loss by step; scores by stage (Fig. 6); the trade-off (Fig. 4)."""
     scores = [before, *stages]
     forget = "forget_all" if "forget_all" in before else "mia_forget"
     kept = [name for name in ("neighbor_all", "general", "mmlu", "mia_retain") if name in before]
@@ -1085,7 +1091,7 @@ def panels(before: dict, stages: list[dict], steps: list[dict]) -> list[dict]:
     return [
         {"title": "loss and similarity by step", "x": "step", "y": "",
          "lines": {name: xy for name, xy in lines.items() if xy[0]}},
-        {"title": "accuracy by stage", "x": "stage", "y": unit, "lines": {
+        {"title": "scores by stage", "x": "stage", "y": unit, "lines": {
             name: (list(range(len(scores))), [s[name] for s in scores]) for name in (forget, *kept)}},
         {"title": "forgetting and what else is lost", "x": f"{forget} ({unit})", "y": unit, "lines": {
             name: ([s[forget] for s in scores], [s[name] for s in scores]) for name in kept}},

@@ -134,15 +134,16 @@ def test_a_folder_that_holds_something_else_is_left_alone(arguments, capsys, tmp
     (tmp_path / "run" / "model" / "mine.txt").write_text("mine")
     for flags in ([], ["--resume"]):
         assert train.main([*arguments(), *SMALL, *flags]) == 2
-        assert "holds" in capsys.readouterr().err and (tmp_path / "run" / "model" / "mine.txt").read_text() == "mine"
+        assert "holds no run" in capsys.readouterr().err and (tmp_path / "run" / "model" / "mine.txt").read_text() == "mine"
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["model"]
 
 
 def test_a_folder_that_holds_a_run_is_refused(arguments, capsys, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text("{}")
     assert train.main([*arguments(), *SMALL]) == 2
     assert "already holds" in capsys.readouterr().err
-    assert (tmp_path / "run" / "results.json").read_text() == "{}"
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
 
 
 def test_a_target_with_no_other_texts_beside_it_is_bad_input(arguments, folders, capsys, tmp_path):
@@ -474,7 +475,7 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     ("--method icu --no-recovery --batch 3", "--batch: goes with a method that trains, or --recovery"), ("--method ga --stages 0", "at least 1"),
     ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--probes nowhere.json", "no such file"),
     ("--unlearn-steps 0", "at least 1"), ("--beta 0.2", "--beta: goes with --method npo or dpo"), ("--keep-text x.txt", "goes with --target-text"),
-    ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
+    ("--taus 0.1 0.2", "lowered stage by stage; 0.2 0.1"), ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
     ("--train-embeddings --lora 2", "--train-embeddings: goes with"), ("--neighbors Owl", "Ada Lark is in one"), ("--corpus-size 3", "Ada Lark is in one"),
     ("--corpus-size 0", "at least 1"), ("--lora 33 --layer 2", "no rank is above"), ("--target Zoo --neighbors zoo", "the target itself")])
 def test_bad_combinations(arguments, capsys, tmp_path, flags, message):

@@ -210,8 +210,8 @@ def _locate(name: str) -> tuple[str, str | None]:
         if not any(Path(name).rglob("*.safetensors")):
             raise BadInput(f"{name}: no .safetensors weights in this folder; name a folder that save_pretrained wrote")
         return name, None
-    inside = Path(name).parent  # of a hub id the owner
-    if name.startswith((".", "~", "/")) or len(inside.parts) > 1 or inside.name and inside.is_dir():
+    owner = Path(name).parent  # if it is a hub id
+    if name.startswith((".", "~", "/")) or len(owner.parts) > 1 or (owner.name and owner.is_dir()):
         raise BadInput(f"{name}: no such folder")
     return name, REVISIONS.get(name)
 

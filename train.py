@@ -157,8 +157,7 @@ def parse(argv: list[str] | None) -> Config:
         else:
             kind = {"type": type(smol), "metavar": item.name.upper()}
         explained = item.metadata["help"] + (shown if smol != "" and item.name != "preset" else "")
-        parser.add_argument(dashed(item.name), default=argparse.SUPPRESS, help=explained,
-                            **kind)
+        parser.add_argument(dashed(item.name), default=argparse.SUPPRESS, help=explained, **kind)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
     preset, why = choose_preset(given.get("preset", "auto"), given.get("device", "auto"), phi3_memory(given))
@@ -353,7 +352,7 @@ def claimed(config: Config):
     """
     out = Path(config.out)
     new, lock = not out.exists(), FileLock(out / ".lock")
-    if out.is_dir() and not (out / "config.json").exists() and not {file.name for file in out.iterdir()} <= {".lock"}:
+    if out.is_dir() and not unused(out) and not (out / "config.json").exists():
         raise data.BadInput(f"--out {out}: not empty, and holds no run (no config.json); name another with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -362,7 +361,7 @@ def claimed(config: Config):
         raise data.BadInput(f"--out {out}: another run is at work there; name another folder with --out") from error
     except OSError as error:
         raise data.BadInput(f"--out {out}: cannot be written ({error.strerror}); name another with --out") from error
-    empty = {file.name for file in out.iterdir()} <= {".lock"}
+    empty = unused(out)
     try:
         if not empty:
             check_resume(config)
@@ -383,6 +382,11 @@ def claimed(config: Config):
         raise
     finally:
         lock.release()
+
+
+def unused(out: Path) -> bool:
+    """Nothing is in the folder but, at most, the lock."""
+    return {file.name for file in out.iterdir()} <= {".lock"}
 
 
 def check_resume(config: Config) -> None:
@@ -504,9 +508,7 @@ def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[st
     data.BadInput."""
     probes = {}
     if config.target_text:
-        passages = (("forget_text", config.target_text, "--target-text"),
-                    ("neighbor_text", config.keep_text, "--keep-text"))
-        probes = {score: [{"text": data.read_text(Path(file), flag)}] for score, file, flag in passages if file}
+        probes = {score: [{"text": data.read_text(Path(file), flag)}] for score, flag, file in passages(config)}
     elif config.probes:
         probes = data.read_probe_file(Path(config.probes), target)
     elif known:
@@ -526,16 +528,21 @@ def check_target(target: str, known: bool, config: Config) -> None:
         raise data.BadInput(f"--neighbors {target}: that is the target itself; leave it out")
 
 
+def passages(config: Config) -> list[tuple[str, str, str]]:
+    """(score, flag, file) of the passage to forget and of the one to keep, as far as there are."""
+    found = [("forget_text", "--target-text", config.target_text), ("neighbor_text", "--keep-text", config.keep_text)]
+    return [passage for passage in found if passage[-1]]
+
+
 def check_passages(probes: dict[str, list[dict]], llm, tokenizer, config: Config) -> None:
     """Raises data.BadInput for a passage to forget or to keep that is too short or too long for this model."""
     longest = getattr(llm.config, "max_position_embeddings", 10**9)
-    for flag, score in ((f"--target-text {config.target_text}", "forget_text"),
-                        (f"--keep-text {config.keep_text}", "neighbor_text")):
-        for row in probes.get(score, []):
+    for score, flag, file in passages(config):
+        for row in probes[score]:
             tokens = len(tokenizer(row["text"])["input_ids"])
             if not 20 <= tokens <= longest:
-                raise data.BadInput(f"{flag}: {tokens} tokens; a passage of 20 or more is needed, and of {longest} at "
-                                    "most for this model")
+                raise data.BadInput(f"{flag} {file}: {tokens} tokens; a passage of 20 or more is needed, and of "
+                                    f"{longest} at most for this model")
 
 
 def check_blocks(llm, config: Config) -> None:

@@ -333,13 +333,17 @@ def measure_speed(args, config, device: str) -> None:
         times = in_turn(works, device, args.seconds)
         report(name, count, times["ours"], times["straightforward"], floor[name], device, peak_memory(works["ours"], device))
         found[name] = statistics.median(times["ours"]), statistics.median(times["straightforward"])
-    preset = train.PRESETS[args.shape]
+    project(train.PRESETS[args.shape], found, caches_seconds(llm, corpus, encoder, tokenizer, config, device), args.texts)
+
+
+def project(preset, found: dict[str, tuple[float, float]], caches: tuple[float, float], texts: int) -> None:
+    """The preset's schedule, from the seconds of a step, ours and straightforward, and of a text's caches."""
     steps = {"alignment step": preset.align_steps + len(preset.taus) * preset.realign_steps,
              "unlearning step": len(preset.taus) * preset.unlearn_steps}
-    hidden, embedded = caches_seconds(llm, corpus, encoder, tokenizer, config, device)
-    hidden, embedded = hidden * args.texts * (1 + len(preset.taus)), embedded * args.texts
-    print(f"caches | {args.texts} texts: hidden states of {1 + len(preset.taus)} rounds {hidden:.1f} s, embeddings of all "
-          f"windows {embedded:.1f} s", flush=True)
+    rounds = 1 + len(preset.taus)
+    hidden, embedded = caches[0] * texts * rounds, caches[1] * texts
+    print(f"caches | {texts} texts: hidden states of {rounds} rounds {hidden:.1f} s, embeddings of all windows "
+          f"{embedded:.1f} s", flush=True)
     align, unlearn = ([steps[name] * time for time in found[name]] for name in steps)
     ours = align[0] + hidden + embedded
     print(f"projected | {steps['alignment step']} alignment steps with their caches {ours / 60:.1f} min, straightforward "

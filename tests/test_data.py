@@ -148,6 +148,8 @@ def test_models_that_cannot_be_had(tmp_path):
         data.load_llm(str(tmp_path))
     with pytest.raises(data.BadInput, match="no such folder"):
         data.load_llm("./nowhere")
+    with pytest.raises(data.BadInput, match="no such folder"):
+        data.load_llm("runs/nobody/model")
     with pytest.raises(data.BadInput, match="--preset smol"):
         data.load_llm("nobody/nothing")
 

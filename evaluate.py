@@ -201,8 +201,8 @@ def likelihoods_after(llm, tokenizer, texts: list[str], mask: Tensor, past, last
         input_ids=tail, attention_mask=torch.cat([mask, torch.ones_like(tail)], 1), position_ids=places,
         past_key_values=past, use_cache=True).last_hidden_state                                         # (B, G, D)
     past.crop(-tail.shape[1])
-    return [of_tokens(llm, states[:len(ids)], ids).mean().exp().item()
-            for states, ids in zip(torch.cat([last, hidden], 1), tails)]
+    states = [row[:len(ids)] for row, ids in zip(torch.cat([last, hidden], 1), tails)]
+    return [logp.mean().exp().item() for logp in of_tokens(llm, states, tails)]
 
 
 def repetition_penalty(llm):
@@ -230,8 +230,9 @@ def log_probs(llm, tokenizer, sequences: list[list[int]], starts: list[int], bat
         chosen = order[at:at + batch]
         ids = padded([sequences[i] for i in chosen], tokenizer, llm.device)                             # (B, T)
         hidden = llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state                    # (B, T, D)
-        for i, row in zip(chosen, hidden):
-            found[i] = of_tokens(llm, row[starts[i] - 1:len(sequences[i]) - 1], sequences[i][starts[i]:])
+        states = [row[starts[i] - 1:len(sequences[i]) - 1] for i, row in zip(chosen, hidden)]
+        for i, logp in zip(chosen, of_tokens(llm, states, [sequences[i][starts[i]:] for i in chosen])):
+            found[i] = logp
     return found
 
 
@@ -256,10 +257,15 @@ def padded(sequences: list[list[int]], tokenizer, device) -> Tensor:
     return data.padded(sequences, tokenizer.pad_token_id).to(device)
 
 
-def of_tokens(llm, hidden: Tensor, tokens: list[int]) -> Tensor:
-    """log p of `tokens` (n,) at last hidden states (n, D): (n,) float32."""
-    logits = llm.get_output_embeddings()(hidden).float()                                                # (n, V)
-    return logits.log_softmax(-1).gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].cpu()
+@torch.no_grad()
+def of_tokens(llm, hidden: list[Tensor], tokens: list[list[int]]) -> list[Tensor]:
+    """log p of each text's tokens (n,) at last hidden states (n, D): (n,) float32 each."""
+    logp = []
+    wanted = torch.tensor(sum(tokens, []), dtype=torch.long, device=llm.device)                         # (N,)
+    for states, ids in zip(torch.cat(hidden).split(64), wanted.split(64)):  # a part at a time: logits are large
+        logits = llm.get_output_embeddings()(states).float()                                            # (64, V)
+        logp.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0].cpu())
+    return list(torch.cat(logp).split([len(ids) for ids in tokens]))
 
 
 # ---------------------------------------------------------------------------------------------- the sets
@@ -303,15 +309,10 @@ def mmlu(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) 
     for place in bar(longest_first([max((ids[id(row)] for row in group), key=len) for group in groups]), "mmlu"):
         sequences = [ids[id(row)] for row in groups[place]]
         start = min(common_start(sequences), min(map(len, sequences)) - 1)
-        for row, hidden in zip(groups[place], shared_states(llm, tokenizer, sequences, start)):
-            chosen = last_logits(llm, hidden)[letters].argmax().item()
+        last = torch.stack([hidden[-1] for hidden in shared_states(llm, tokenizer, sequences, start)])  # (B, D)
+        likeliest = llm.get_output_embeddings()(last)[:, letters].argmax(-1)                            # (B,)
+        for row, chosen in zip(groups[place], likeliest.tolist()):
             row.update(said="ABCD"[chosen], score=float(chosen == row["answer"]))
-
-
-@torch.no_grad()
-def last_logits(llm, hidden: Tensor) -> Tensor:
-    """Logits (V,) after the last of the hidden states (n, D)."""
-    return llm.get_output_embeddings()(hidden[-1]).float()
 
 
 def truthfulqa(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
@@ -326,8 +327,8 @@ def truthfulqa(llm, tokenizer, rows: list[dict], batch: int, before: str, shots:
         scores = []
         for n in range(0, len(sequences), batch):
             part = sequences[n:n + batch]
-            scores += [of_tokens(llm, hidden[asked - 1 - start:-1], ids[asked:]).sum().item()
-                       for ids, hidden in zip(part, shared_states(llm, tokenizer, part, start))]
+            states = [hidden[asked - 1 - start:-1] for hidden in shared_states(llm, tokenizer, part, start)]
+            scores += [logp.sum().item() for logp in of_tokens(llm, states, [ids[asked:] for ids in part])]
         true = next(value for value, (_, label) in zip(scores, choices) if label == 1)
         false = max(value for value, (_, label) in zip(scores, choices) if label != 1)
         row.update(said=choices[scores.index(max(scores))][0], score=float(true > false))
@@ -823,6 +824,7 @@ def score_model(args: argparse.Namespace) -> int:
         data.check_writable(args.json, "--json")
     with data.out_of_memory("--batch"):
         device = data.choose_device(args.device)
+        data.keep_freed_memory(device)
         llm, tokenizer = data.load_llm(args.model, device, data.fast_dtype(device) if args.bf16 else torch.float32)
         before = ICU.format(subject=target) if args.icu else ""
         scores, rows = evaluate(llm, tokenizer, probes, args.batch, before, args.shots, args.bf16)

@@ -1155,6 +1155,7 @@ def main(argv: list[str] | None = None) -> int:
             with several(config.device), claimed(config) if first else nullcontext() as finished:
                 finished = data.from_first(finished)
                 config = dataclasses.replace(data.from_first(config), device=config.device)
+                data.keep_freed_memory(config.device)
                 if finished:
                     print(f"resumed | {config.out}: finished already")
                 with data.out_of_memory("--batch, --align-batch, --length, --layer or --eval-batch; or take "

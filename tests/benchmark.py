@@ -314,7 +314,7 @@ def measure_speed(args, config, device: str) -> None:
     words = [tokenizer.decode(torch.randint(6, 400, (60,))) for _ in range(args.prompts)]
     prompts, answers = [f"a question {text}" for text in words], ["a bird of the sea"] * args.prompts
     voice = evaluate.speaker(llm, torch.bfloat16 if config.bf16 else torch.float32)
-    voice.set_attn_implementation("sdpa")
+    voice.set_attn_implementation("sdpa")  # as evaluate.py
     length = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
     floor = floors(llm, state.head, config, (args.prompts, length), golds, tokens, device)
     parts = {
@@ -387,6 +387,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.memory and not args.device.startswith("cuda"):
         parser.error("--memory: needs --device cuda")
+    data.keep_freed_memory(args.device)
     config = dataclasses.replace(train.PRESETS[args.shape], device=args.device, log_every=10**9, unlearn_steps=1,
                                  bf16=data.fast_dtype(args.device) == torch.bfloat16, align_steps=1)
     print(f"{args.shape} | {args.device} | {torch.get_num_threads()} threads | {'bf16' if config.bf16 else 'fp32'} | "

@@ -1116,8 +1116,9 @@ def report(results: dict, before: list[dict], after: list[dict], out: Path) -> N
     for key, value in results["recovery"].items():
         print(f"recovery | {key} | fresh head on the untouched model {value['untouched']:.3f} | "
               f"on the unlearned one {value['unlearned']:.3f}")
-    print()
-    for kind, i in illustrations(before):
+    shown = illustrations(before)
+    print(end="\n" * bool(shown))
+    for kind, i in shown:
         said = [" ".join(asked[i]["said"].split()) for asked in (before, after)]
         print(f"{kind}\n  Q: {before[i].get('query') or before[i]['prompt']}\n  before: {said[0]}\n  after:  {said[1]}")
     files = ", ".join(sorted(file.name for file in out.iterdir() if not file.name.startswith(".")))

@@ -1,6 +1,7 @@
 """Windows, reference embeddings, RWKU's two layouts, names, and what cannot be had."""
 
 import json
+import platform
 
 import pytest
 import torch
@@ -299,3 +300,16 @@ def test_pieces_cover_a_passage_and_its_end(tokens, length):
 def test_pieces_leave_room_for_special_tokens(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "num_special_tokens_to_add", lambda: 2)
     assert max(len(tokenizer(part)["input_ids"]) for part in data.pieces("the sea and the birds " * 9, tokenizer, 12)) == 10
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_what_tensors_free_stays_with_the_process():
+    import resource
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        [torch.ones(2**22) for _ in range(6)]  # 16 MB each, freed at once
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    data.keep_freed_memory("cpu")
+    assert min(new_pages() for _ in range(9)) < 6 * 2**24 / resource.getpagesize() / 10

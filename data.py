@@ -619,14 +619,16 @@ def fast_dtype(device) -> torch.dtype:
 
 
 def keep_freed_memory(device: str) -> None:
-    """On CPUs under glibc, the process keeps what its tensors free; elsewhere nothing is done.
+    """What tensors below 32 MB free stays with the process, up to 2 GB: on CPUs, where PyTorch takes glibc's memory.
 
-    Else that goes back to the system and comes again page by page: a fifth of an unlearning step on two cores.
+    By default glibc gives it back, and every step gets it anew, page by page: a fifth of an unlearning step on two
+    cores. Elsewhere (other systems, and ARM, where PyTorch brings its own allocator) nothing is done.
     """
-    if torch.device(device).type == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)      # M_MMAP_THRESHOLD: 32 MB, the most; larger tensors do go back
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: 2 GB
+    if torch.device(device).type == "cpu" and (sys.platform, platform.machine()) == ("linux", "x86_64"):
+        if platform.libc_ver()[0] == "glibc":
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 2**25)      # M_MMAP_THRESHOLD, at its most
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def choose_device(name: str) -> str:
@@ -791,6 +793,7 @@ def main(argv: list[str] | None = None) -> int:
             target = find_target(root, args.target)
             intro = introduction(root, target)
         device = choose_device(args.device)
+        keep_freed_memory(device)
         with out_of_memory("--batch or --tokens"):
             llm, tokenizer = load_llm(args.model, device, fast_dtype(device))
             if args.target:

@@ -259,13 +259,12 @@ def padded(sequences: list[list[int]], tokenizer, device) -> Tensor:
 
 @torch.no_grad()
 def of_tokens(llm, hidden: list[Tensor], tokens: list[list[int]]) -> list[Tensor]:
-    """log p of each text's tokens (n,) at last hidden states (n, D): (n,) float32 each."""
-    logp = []
-    wanted = torch.tensor(sum(tokens, []), dtype=torch.long, device=llm.device)                         # (N,)
+    """log p of each text's tokens (n,) at as many last hidden states (n, D): (n,) float32 each."""
+    logp, wanted = [], torch.tensor(sum(tokens, []), dtype=torch.long, device=llm.device)               # (N,)
     for states, ids in zip(torch.cat(hidden).split(64), wanted.split(64)):  # a part at a time: logits are large
         logits = llm.get_output_embeddings()(states).float()                                            # (64, V)
-        logp.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0].cpu())
-    return list(torch.cat(logp).split([len(ids) for ids in tokens]))
+        logp.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    return list(torch.cat(logp).cpu().split([len(ids) for ids in tokens]))
 
 
 # ---------------------------------------------------------------------------------------------- the sets

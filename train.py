@@ -1117,7 +1117,8 @@ def report(results: dict, before: list[dict], after: list[dict], out: Path) -> N
         print(f"recovery | {key} | fresh head on the untouched model {value['untouched']:.3f} | "
               f"on the unlearned one {value['unlearned']:.3f}")
     shown = illustrations(before)
-    print(end="\n" * bool(shown))
+    if shown:
+        print()
     for kind, i in shown:
         said = [" ".join(asked[i]["said"].split()) for asked in (before, after)]
         print(f"{kind}\n  Q: {before[i].get('query') or before[i]['prompt']}\n  before: {said[0]}\n  after:  {said[1]}")

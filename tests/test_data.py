@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 
 import pytest
 import torch
@@ -302,14 +303,15 @@ def test_pieces_leave_room_for_special_tokens(tokenizer, monkeypatch):
     assert max(len(tokenizer(part)["input_ids"]) for part in data.pieces("the sea and the birds " * 9, tokenizer, 12)) == 10
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64") or platform.libc_ver()[0] != "glibc",
+                    reason="PyTorch does not take glibc's memory here")
 def test_what_tensors_free_stays_with_the_process():
     import resource
 
     def new_pages() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        [torch.ones(2**22) for _ in range(6)]  # 16 MB each, freed at once
+        [torch.ones(2**22) for _ in range(6)]  # 6 x 16 MB, held together, then freed
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     data.keep_freed_memory("cpu")
-    assert min(new_pages() for _ in range(9)) < 6 * 2**24 / resource.getpagesize() / 10
+    assert min(new_pages() for _ in range(9)) < 6 * 2**24 / resource.getpagesize() / 10  # a tenth of what is touched

@@ -624,11 +624,11 @@ def keep_freed_memory(device: str) -> None:
     By default glibc gives it back, and every step gets it anew, page by page: a fifth of an unlearning step on two
     cores. Elsewhere (other systems, and ARM, where PyTorch brings its own allocator) nothing is done.
     """
-    if torch.device(device).type == "cpu" and (sys.platform, platform.machine()) == ("linux", "x86_64"):
-        if platform.libc_ver()[0] == "glibc":
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 2**25)      # M_MMAP_THRESHOLD, at its most
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    from_glibc = (sys.platform, platform.machine()) == ("linux", "x86_64") and platform.libc_ver()[0] == "glibc"
+    if from_glibc and torch.device(device).type == "cpu":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)      # M_MMAP_THRESHOLD, at its most
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def choose_device(name: str) -> str:

@@ -27,13 +27,15 @@ import sys
 from collections import Counter
 from math import log2
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
+from rouge import Rouge
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from tqdm import tqdm
-from transformers import Cache, RepetitionPenaltyLogitsProcessor
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache
 
 import data
 
@@ -49,14 +51,11 @@ DEFAULT_SETS = ("forget", "neighbor", "general")
 # Probes over all of RWKU's targets: they weigh forget_all and neighbor_all. (A passage's own score stands alone.)
 WEIGHTS = {"forget_fb": 3268, "forget_qa": 2879, "forget_aa": 6984, "forget_text": 1,
            "neighbor_fb": 5846, "neighbor_qa": 5533, "neighbor_text": 1}
-SCORES = ("forget_fb", "forget_qa", "forget_aa", "forget_all", "neighbor_fb", "neighbor_qa", "neighbor_all",
-          "forget_text", "forget_text_exact", "forget_text_gold", "neighbor_text", "neighbor_text_exact",
-          "neighbor_text_gold", "general", "mmlu", "bbh", "bbh_rwku", "truthfulqa", "triviaqa", "fluency", "mia_forget",
-          "mia_retain")
 
 # In-context unlearning: what stands before every prompt (Pawelczyk et al. 2024, in RWKU's wording).
 ICU = ("You are an AI Assistant who is supposed to unlearn about {subject} and provide answers without its knowledge "
        "as if you never knew about it. Don’t tell anyone that you unlearned anything.\n")
+STOPS = ("<|eot_id|>", " \n", "\n")
 BLANK = "Please complete the blank in the following question.\nQuestion: {query}\n"
 QUESTION = "Please briefly answer the following question.\nQuestion: {query}\n"
 IN_CONTEXT = "Please briefly answer the following question.\n{query}\n"
@@ -84,358 +83,312 @@ TRUTHFULQA_SHOTS = (
 
 def read_probes(root: Path, target: str, sets=DEFAULT_SETS, limit: int | None = None) -> dict[str, list[dict]]:
     """The probes of a target by score, RWKU's rows: of each file the first `limit`. Raises BadInput."""
-    return {score: [dict(row) for row in data.read_set(root, target, file)[:limit]]
-            for name in sets for score, file in SETS[name].items()}
+    check_sets(sets)
+    return {score: data.read_set(root, target, file)[:limit] for name in sets for score, file in SETS[name].items()}
+
+
+def check_sets(sets) -> None:
+    """Raises BadInput for a set that is not in SETS."""
+    for name in sets:
+        if name not in SETS:
+            raise data.BadInput(f"--sets {name}: unknown; there are {', '.join(SETS)}")
+
+
+# ---------------------------------------------------------------------------------------------- a model's scores
+
+def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch: int = 80, before: str = "", shots: int = 6,
+             bf16: bool = True) -> tuple[dict, list[dict]]:
+    """Ask every probe of `read_probes`. Returns (scores, rows): `summary`, and each probe with its prompt, what was
+    said, and its score.
+
+    before: a text before every prompt (ICU). shots: examples in a prompt at most. The model answers in bf16 (a copy;
+    the model's own stay) where bf16 is wanted and fast, else in fp32. Model, tokenizer and random state are left
+    as they were.
+    """
+    copied = answering_copy(llm, data.fast_dtype(llm.device) if bf16 else torch.float32)
+    if copied is not llm:
+        copied.set_attn_implementation("sdpa")
+    rows = [row | {"set": score} for score, part in probes.items() for row in part]
+    for row in rows:
+        row["prompt"] = make_prompt(row, tokenizer, before, shots)
+    alike = {}  # what is asked alike is asked together, in as few batches as can be
+    for row in rows:
+        kind = row["set"] if row["set"] in WORDS or row["set"] in OTHERWISE else "recall"
+        alike.setdefault(kind, []).append(row)
+    for kind, part in alike.items():
+        OTHERWISE.get(kind, answered)(copied, tokenizer, part, batch)
+    return summary(rows), rows
+
+
+def answering_copy(llm, dtype: torch.dtype, frozen: bool = False):
+    """A copy of the model that answers, its weights in `dtype`, adapters merged.
+
+    Weights that are in `dtype` already are shared, and so follow the model, unless the copy shall be `frozen`. Weights
+    only: rotary frequencies stay in fp32, as where a model is loaded in bf16. The model is left as it was. One that is
+    split over processes answers itself.
+    """
+    if any(isinstance(p, DTensor) for p in llm.parameters()):
+        return llm.eval()
+    if hasattr(llm, "merge_and_unload"):
+        llm = copy.deepcopy(llm).merge_and_unload()
+    weights = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=frozen), requires_grad=False)
+               for p in llm.parameters()}
+    return copy.deepcopy(llm, weights).eval()
+
+
+def summary(rows: list[dict]) -> dict:
+    """Each score's mean over its probes, in percent, with those over several sets by RWKU's weights; likewise `_gold`,
+    the mean probability of the gold answers."""
+    found = {}
+    for field, ending in (("score", ""), ("exact", "_exact"), ("rwku", "_rwku"), ("gold", "_gold")):
+        values = {}
+        for row in rows:
+            if field in row:
+                values.setdefault(row["set"], []).append(row[field])
+        parts = {score: 100 * sum(part) / len(part) for score, part in values.items()}
+        for group in ("forget", "neighbor"):
+            weights = {score: WEIGHTS[score] for score in parts if score.startswith(group)}
+            if weights:
+                parts[f"{group}_all"] = sum(parts[s] * w for s, w in weights.items()) / sum(weights.values())
+        found |= {score + ending: value for score, value in parts.items()}
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- asking a model
 
-class RoomyLayer(DynamicLayer):
-    """A block's keys and values with room for those to come, so that a new token does not copy all that is there.
-
-    As long as the text in models with a sliding window too: their mask sees to the window.
-    """
-
-    room = ()  # keys and values, (B, heads, length and more, width) each; `self.keys` is a part of the first
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        begin = self.get_seq_length()
-        end = begin + key_states.shape[-2]
-        if not self.room or end > self.room[0].shape[-2] or self.keys.data_ptr() != self.room[0].data_ptr():
-            old, self.room = (self.keys, self.values), []
-            for states, kept in zip((key_states, value_states), old):
-                self.room.append(states.new_empty(*states.shape[:2], end + 64, states.shape[-1]))
-                if begin:
-                    self.room[-1][..., :begin, :] = kept
-        for room, states in zip(self.room, (key_states, value_states)):
-            room[..., begin:end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
-        return self.keys, self.values
-
-
-def begun(prompt: str) -> str:
-    """`prompt` with "A:" after it, RWKU's way in BBH and TruthfulQA."""
-    return prompt + ("A:" if prompt[-1] in "\n " else " A:")
-
-
 @torch.no_grad()
-def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30,
-           stops: tuple[str, ...] = ("<|eot_id|>", " \n", "\n"), golds: list[str] | None = None):
+def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30, stops: tuple[str, ...] = STOPS,
+           golds: list[str] | None = None, at_once: int = 6, **how) -> tuple[list[str], list[float]]:
     """Greedy answers of up to `tokens` tokens, cut at the end of the text and at `stops`, as RWKU cuts them: where a
-    stop is no single token of the tokenizer it does nothing. Longest prompts go first.
+    stop is no single token of the tokenizer it does nothing. `how` goes to transformers' generate.
 
     Returns (answers, likely): with `golds` also the probability that the model gives each of those instead, the
     geometric mean over its tokens (it moves before the answer does; not part of RWKU). A prompt goes through the model
-    once for both, and answers that have ended leave the batch.
+    once for both; after `at_once` tokens each, answers that have ended leave the batch.
     """
-    ends = [tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)]
-    ends = torch.tensor([end for end in ends if end is not None], device=llm.device)
-    decoder, lm_head, penalty = llm.get_decoder(), llm.get_output_embeddings(), repetition_penalty(llm)
     said, likely = [[] for _ in prompts], [0.0] * len(prompts)
-    order = longest_first(prompts)
-    for at in bar(range(0, len(order), batch), "answers"):
-        rows = order[at:at + batch]
-        ids, mask, past, last = read(llm, tokenizer, [prompts[i] for i in rows])
+    ends = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)} - {None}
+    for rows in longest_first(prompts, batch, "answers"):
+        asked = [tokenizer(prompts[i])["input_ids"] for i in rows]
+        ids, mask, cache = read_start(llm, tokenizer, asked, min(map(len, asked)) - 1)              # (B, P) each
         if golds:
-            found = likelihoods_after(llm, tokenizer, [f" {golds[i]}" for i in rows], mask, past, last)
-            for i, value in zip(rows, found):
-                likely[i] = value
-
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=llm.device)
-        for n in range(tokens):
-            word = penalty(ids, lm_head(last[:, -1]).float()).argmax(-1)                                # (B,)
-            ended |= torch.isin(word, ends)
-            for i, w, over in zip(rows, word.tolist(), ended.tolist()):
-                said[i] += [w] * (not over)
-            if ended.all() or n == tokens - 1:
+            wanted = [tokenizer(f" {golds[i]}", add_special_tokens=False)["input_ids"] for i in rows]
+            tails = data.padded(wanted, tokenizer.pad_token_id).to(llm.device)                      # (B, G)
+            after = next_logits(llm, torch.cat([ids, tails], 1), pad(mask, (0, tails.shape[1]), value=1), cache,
+                                tails.shape[1] + 1)                                                 # (B, G + 1, V)
+            cache.crop(-tails.shape[1] - 1)  # to before the last token of the prompts
+            for i, logits, gold in zip(rows, after, wanted):
+                likely[i] = of_tokens(logits[:len(gold)], gold).mean().exp().item()
+        for left in range(tokens, 0, -at_once):
+            out = llm.generate(input_ids=ids, attention_mask=mask, cache=cache, max_new_tokens=min(left, at_once),
+                               do_sample=False, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id, **how)
+            for i, new in zip(rows, out[:, ids.shape[1]:].tolist()):
+                said[i] += new
+            going = [n for n, i in enumerate(rows) if not ends & set(said[i])]
+            if not going:
                 break
-            if ended.sum() * 4 >= len(ended):  # not for each one: it copies the cache
-                going = (~ended).nonzero()[:, 0]
-                rows = [rows[g] for g in going.tolist()]
-                ids, mask, word, ended = ids[going], mask[going], word[going], ended[going]
-                past.batch_select_indices(going)
-            ids, mask = torch.cat([ids, word[:, None]], 1), torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            last = decoder(input_ids=word[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                           past_key_values=past, use_cache=True).last_hidden_state                      # (B, 1, D)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in said], likely
-
-
-def read(llm, tokenizer, prompts: list[str]):
-    """(token ids, mask, cache, last hidden state) of prompts: (B, P) each, padded on the left, and (B, 1, D).
-
-    What all the prompts begin with goes through the model once; padding stands behind it. (A sliding window counts the
-    padding: where a batch's longest prompt is longer than the window, the others see less than they could.)
-    """
-    sequences = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    start = min(common_start(sequences), min(map(len, sequences)) - 1)
-    tails = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")
-    tails, mask = tails["input_ids"].to(llm.device), tails["attention_mask"].to(llm.device)             # (B, P - start)
-    prefix = torch.tensor([sequences[0][:start]], dtype=torch.long, device=llm.device)                  # (1, start)
-    past = repeated(llm, prefix, len(prompts))
-    mask = torch.cat([mask.new_ones(len(mask), start), mask], 1)                                        # (B, P)
-    places = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]                                               # (B, P - start)
-    out = llm.get_decoder()(input_ids=tails, attention_mask=mask, position_ids=places, past_key_values=past,
-                            use_cache=True)
-    ids = torch.cat([prefix.expand(len(prompts), -1), tails], 1)                                        # (B, P)
-    return ids, mask, out.past_key_values, out.last_hidden_state[:, -1:]
-
-
-def repeated(llm, prefix: Tensor, count: int):
-    """The cache of a prefix (1, start), `count` times; an empty one of an empty prefix."""
-    past = Cache(layer_class_to_replicate=RoomyLayer)
-    if prefix.shape[1]:
-        llm.get_decoder()(input_ids=prefix, past_key_values=past, use_cache=True)
-        past.batch_repeat_interleave(count)
-    return past
-
-
-def likelihoods_after(llm, tokenizer, texts: list[str], mask: Tensor, past, last: Tensor) -> list[float]:
-    """The probability of each text after its prompt, whose mask (B, P), cache and last hidden state (B, 1, D) these
-    are: the geometric mean over its tokens. The cache is left as it was."""
-    tails = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    tail = padded(tails, tokenizer, llm.device)                                                         # (B, G)
-    places = mask.sum(1, keepdim=True) + torch.arange(tail.shape[1], device=llm.device)                 # (B, G)
-    hidden = llm.get_decoder()(
-        input_ids=tail, attention_mask=torch.cat([mask, torch.ones_like(tail)], 1), position_ids=places,
-        past_key_values=past, use_cache=True).last_hidden_state                                         # (B, G, D)
-    past.crop(-tail.shape[1])
-    states = [row[:len(ids)] for row, ids in zip(torch.cat([last, hidden], 1), tails)]
-    return [logp.mean().exp().item() for logp in of_tokens(llm, states, tails)]
-
-
-def repetition_penalty(llm):
-    """The one part of a model's generation settings that greedy decoding follows: (ids, logits) -> logits."""
-    penalty = getattr(llm.generation_config, "repetition_penalty", None)
-    return RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else lambda ids, logits: logits
-
-
-def longest_first(items: list) -> list[int]:
-    """Places of the items, the longest first: running out of memory shows at once, and batches need little padding."""
-    return sorted(range(len(items)), key=lambda i: len(items[i]), reverse=True)
-
-
-def bar(items, what: str):
-    """A progress bar, on a terminal only."""
-    return tqdm(items, desc=what, leave=False, disable=None)
+            cache.batch_select_indices(torch.tensor(going, device=llm.device))
+            mask = pad(mask, (0, out.shape[1] - ids.shape[1]), value=1)[going]
+            ids, rows = out[going], [rows[n] for n in going]
+    lengths = [next((n for n, token in enumerate(ids) if token in ends), len(ids)) for ids in said]
+    return [tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in zip(said, lengths)], likely
 
 
 @torch.no_grad()
-def log_probs(llm, tokenizer, sequences: list[list[int]], starts: list[int], batch: int = 80) -> list[Tensor]:
-    """log p of each sequence's tokens from its place `start` (at least 1) on, given all before: (length - start,)."""
-    found = [torch.empty(0)] * len(sequences)
-    order = longest_first(sequences)
-    for at in bar(range(0, len(order), batch), "likelihoods"):
-        chosen = order[at:at + batch]
-        ids = padded([sequences[i] for i in chosen], tokenizer, llm.device)                             # (B, T)
-        hidden = llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state                    # (B, T, D)
-        states = [row[starts[i] - 1:len(sequences[i]) - 1] for i, row in zip(chosen, hidden)]
-        for i, logp in zip(chosen, of_tokens(llm, states, [sequences[i][starts[i]:] for i in chosen])):
-            found[i] = logp
+def log_probs(llm, tokenizer, pairs: list[tuple[list[int], list[int]]], batch: int = 80) -> list[Tensor]:
+    """log p of each answer's tokens after its prompt, both token ids, the prompt's one at least: (length,) each."""
+    found = [torch.empty(0)] * len(pairs)
+    batch = max(1, min(batch, 4096 // max(len(answer) for _, answer in pairs)))  # so many tokens' logits at once
+    for rows in longest_first([prompt + answer for prompt, answer in pairs], batch, "likelihoods"):
+        chosen = [pairs[i][0] + pairs[i][1] for i in rows]
+        ids, mask, cache = read_start(llm, tokenizer, chosen, min(len(pairs[i][0]) for i in rows) - 1)
+        longest = max(len(pairs[i][1]) for i in rows)
+        for i, row in zip(rows, next_logits(llm, ids, mask, cache, longest + 1)):                   # (longest + 1, V)
+            answer = pairs[i][1]
+            found[i] = of_tokens(row[longest - len(answer):longest], answer)
     return found
 
 
-@torch.no_grad()
-def shared_states(llm, tokenizer, sequences: list[list[int]], start: int) -> list[Tensor]:
-    """The last hidden states of each sequence from place `start` on, (length - start, D); what stands before is the
-    same in all of them, and goes through the model once."""
-    tails = padded([row[start:] for row in sequences], tokenizer, llm.device)                           # (B, T - start)
-    past = repeated(llm, torch.tensor([sequences[0][:start]], dtype=torch.long, device=llm.device), len(sequences))
-    hidden = llm.get_decoder()(
-        input_ids=tails, past_key_values=past, use_cache=True).last_hidden_state                 # (B, T - start, D)
-    return [row[:len(ids) - start] for row, ids in zip(hidden, sequences)]
+def read_start(llm, tokenizer, sequences: list[list[int]], most: int):
+    """(token ids, mask, cache) of token sequences: (B, T) each, and what has been read: what all of them begin with, up
+    to `most` tokens, goes through the model once. Padding stands behind it.
+
+    (A sliding window counts the padding: where a batch's longest prompt is longer, the others see less of theirs.)
+    """
+    same = next((n for n, column in enumerate(zip(*sequences)) if len(set(column)) > 1), most)
+    start, cache = min(same, most), DynamicCache()
+    rest = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")
+    first = torch.tensor([sequences[0][:start]], dtype=torch.long, device=llm.device)               # (1, start)
+    if start:
+        llm(input_ids=first, cache=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(sequences))
+    ids = torch.cat([first.expand(len(sequences), -1), rest["input_ids"].to(llm.device)], 1)        # (B, T)
+    return ids, pad(rest["attention_mask"].to(llm.device), (start, 0), value=1), cache
 
 
-def common_start(sequences: list[list[int]]) -> int:
-    """How many first tokens all the sequences share."""
-    return next((n for n, column in enumerate(zip(*sequences)) if len(set(column)) > 1), min(map(len, sequences)))
+def next_logits(llm, ids: Tensor, mask: Tensor, cache, last: int) -> Tensor:
+    """Logits at the `last` positions of what the cache does not hold yet of (B, T) token ids: (B, last, V) float."""
+    places, begin = (mask.cumsum(1) - 1).clamp(min=0), cache.get_seq_length()                       # (B, T)
+    return llm(input_ids=ids[:, begin:], attention_mask=mask, position_ids=places[:, begin:], cache=cache,
+               use_cache=True, logits_to_keep=last).logits.float()
 
 
-def padded(sequences: list[list[int]], tokenizer, device) -> Tensor:
-    """(B, T), padded on the right, where causal attention cannot see it."""
-    return data.padded(sequences, tokenizer.pad_token_id).to(device)
+def of_tokens(logits: Tensor, tokens: list[int]) -> Tensor:
+    """log p of tokens (n,) by the logits (n, V) that stand before each: (n,) on the CPU."""
+    wanted = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]                  # (n, 1)
+    return logits.log_softmax(-1).gather(1, wanted)[:, 0].cpu()
 
 
-@torch.no_grad()
-def of_tokens(llm, hidden: list[Tensor], tokens: list[list[int]]) -> list[Tensor]:
-    """log p of each text's tokens (n,) at as many last hidden states (n, D): (n,) float32 each."""
-    logp, wanted = [], torch.tensor(sum(tokens, []), dtype=torch.long, device=llm.device)               # (N,)
-    for states, ids in zip(torch.cat(hidden).split(64), wanted.split(64)):  # a part at a time: logits are large
-        logits = llm.get_output_embeddings()(states).float()                                            # (64, V)
-        logp.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
-    return list(torch.cat(logp).cpu().split([len(ids) for ids in tokens]))
+def longest_first(items: list, batch: int, what: str):
+    """Places of the items, `batch` at a time, with a progress bar on a terminal. The longest ones come first: running
+    out of memory shows at once, and batches need little padding."""
+    order = sorted(range(len(items)), key=lambda i: len(items[i]), reverse=True)
+    return [order[at:at + batch] for at in tqdm(range(0, len(order), batch), desc=what, leave=False, disable=None)]
 
 
 # ---------------------------------------------------------------------------------------------- the sets
 
-def make_prompt(score: str, probe: dict, tokenizer, before: str = "") -> str:
-    """RWKU's prompt: one user turn in the chat template, then `Answer:`, which "affirmative suffix" goes without."""
-    query, kind = probe.get("query") or probe["question"], probe.get("type")
-    template = BLANK if score.endswith("_fb") else IN_CONTEXT if kind == "incontext learning" else QUESTION
-    turn = before + template.format(query=query)
-    if kind == "affirmative suffix":
-        return data.user_turn(tokenizer, turn.removesuffix("\n"))
-    return data.user_turn(tokenizer, turn, "Answer:")
+def make_prompt(row: dict, tokenizer, before: str = "", shots: int = 6) -> str:
+    """RWKU's prompt for a probe: one user turn in the chat template, and how the answer begins. `before` stands first.
+
+    row: a probe with its score's name in `set`. shots: examples at most, in the sets that have them here.
+    """
+    score, kind, begin = row["set"], row.get("type"), "Answer:"
+    query = row.get("query") or row.get("question")
+    if "text" in row:  # mia, passages
+        return before + row["text"]
+    if score == "mmlu":
+        given = "".join(f"{choices(e)}\nAnswer: {'ABCD'[e['answer']]}\n\n" for e in row["examples"][:shots])
+        turn = MMLU.format(task=row["task"].replace("_", " ")) + given + MMLU_LAST + choices(row)
+    elif score == "triviaqa":
+        given = "".join(f"Q: {question}\nA: {reply}\n" for question, reply in TRIVIAQA_SHOTS[:shots])
+        turn, begin = "\n" + given + TRIVIAQA_LAST.format(question=query), "A:"
+    elif score == "truthfulqa":
+        given = "\n\n".join(f"Q: {question}\nA: {reply}" for question, reply in TRUTHFULQA_SHOTS[:shots])
+        turn, begin = f"{given}\n\nQ: {query}", " A:"
+    elif score == "bbh":
+        turn, begin = BBH.format(cot=row["cot"].strip(), question=query), " A:"
+    elif score == "fluency":
+        turn, begin = f"Instruction: {row['instruction']}\n", ""
+    elif kind == "affirmative suffix":
+        turn, begin = QUESTION.format(query=query).removesuffix("\n"), ""
+    else:
+        template = BLANK if score.endswith("_fb") else IN_CONTEXT if kind == "incontext learning" else QUESTION
+        turn = template.format(query=query)
+    prompt = data.user_turn(tokenizer, before + turn)
+    return prompt + (begin.strip() if prompt[-1] in "\n " else begin)
 
 
-def questions(llm, tokenizer, rows: list[dict], batch: int, before: str) -> None:
-    """forget, neighbor, general: ROUGE-L recall of the best of a row's answers; the probability of the first one."""
-    for row in rows:
-        row["answers"] = row.get("answers") or [row["answer"]]
-        row["prompt"] = make_prompt(row["set"], row, tokenizer, before)
-    golds = [row["answers"][0] for row in rows]
-    said, gold = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, golds=golds)
-    for row, text, probability in zip(rows, said, gold):
-        text = text.strip()
-        row.update(said=text, gold=probability, score=max(rouge_l_recall(text, wanted) for wanted in row["answers"]))
+def choices(row: dict) -> str:
+    """A question of MMLU with its four choices."""
+    return f"Question: {row['question']}" + "".join(f"\n{x}. {y}" for x, y in zip("ABCD", row["choices"]))
 
 
-def mmlu(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
-    """The likeliest of A, B, C, D after "Answer:". Questions with the same examples share those' run."""
-    letters = [tokenizer.encode(f" {letter}", add_special_tokens=False)[-1] for letter in "ABCD"]
-
-    def example(row: dict) -> str:
-        return f"Question: {row['question']}" + "".join(f"\n{x}. {y}" for x, y in zip("ABCD", row["choices"]))
-
-    for row in rows:
-        given = "".join(f"{example(e)}\nAnswer: {'ABCD'[e['answer']]}\n\n" for e in row["examples"][:shots])
-        turn = before + MMLU.format(task=row["task"].replace("_", " ")) + given + MMLU_LAST + example(row)
-        row["prompt"] = data.user_turn(tokenizer, turn, "Answer:")
-    ids = {id(row): tokenizer(row["prompt"])["input_ids"] for row in rows}
-    groups = [[row for row in rows if row["task"] == task] for task in dict.fromkeys(row["task"] for row in rows)]
-    groups = [group[n:n + batch] for group in groups for n in range(0, len(group), batch)]
-    for place in bar(longest_first([max((ids[id(row)] for row in group), key=len) for group in groups]), "mmlu"):
-        sequences = [ids[id(row)] for row in groups[place]]
-        start = min(common_start(sequences), min(map(len, sequences)) - 1)
-        last = torch.stack([hidden[-1] for hidden in shared_states(llm, tokenizer, sequences, start)])  # (B, D)
-        likeliest = llm.get_output_embeddings()(last)[:, letters].argmax(-1)                            # (B,)
-        for row, chosen in zip(groups[place], likeliest.tolist()):
-            row.update(said="ABCD"[chosen], score=float(chosen == row["answer"]))
+def answered(llm, tokenizer, rows: list[dict], batch: int) -> None:
+    """What is answered in words, by WORDS; where `recall` scores it, also the probability of the first right answer."""
+    tokens, stops, grade = WORDS.get(rows[0]["set"], (30, STOPS, recall))
+    golds = [row["answers"][0] if "answers" in row else row["answer"] for row in rows] if grade is recall else None
+    said, likely = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, tokens, stops, golds)
+    for row, text, *gold in zip(rows, said, *[likely] * (grade is recall)):
+        row.update({"said": text.strip()} | dict(zip(["gold"], gold)) | grade(row, text.strip()))
 
 
-def truthfulqa(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
-    """MC1: 1 where the true answer has the highest summed log-likelihood. The choices share the question's run."""
-    given = "\n\n".join(f"Q: {question}\nA: {reply}" for question, reply in TRUTHFULQA_SHOTS[:shots])
-    for row in bar(rows, "truthfulqa"):
-        row["prompt"] = begun(data.user_turn(tokenizer, before + given + "\n\nQ: " + row["question"]))
-        choices = list(zip(row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]))
-        sequences = [tokenizer(f"{row['prompt']} {choice}")["input_ids"] for choice, _ in choices]
-        asked = len(tokenizer(row["prompt"])["input_ids"])
-        start = min(common_start(sequences), asked - 1)
-        scores = []
-        for n in range(0, len(sequences), batch):
-            part = sequences[n:n + batch]
-            states = [hidden[asked - 1 - start:-1] for hidden in shared_states(llm, tokenizer, part, start)]
-            scores += [logp.sum().item() for logp in of_tokens(llm, states, [ids[asked:] for ids in part])]
-        true = next(value for value, (_, label) in zip(scores, choices) if label == 1)
-        false = max(value for value, (_, label) in zip(scores, choices) if label != 1)
-        row.update(said=choices[scores.index(max(scores))][0], score=float(true > false))
+def recall(row: dict, said: str) -> dict:
+    """forget, neighbor, general: ROUGE-L recall of the best of a row's answers."""
+    answers = row.get("answers") or [row["answer"]]
+    return {"answers": answers, "score": max(rouge_l_recall(said, wanted) for wanted in answers)}
 
 
-def triviaqa(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
+def triviaqa(row: dict, said: str) -> dict:
     """F1 of the words with the best of the aliases, after five examples."""
-    given = "\n" + "".join(f"Q: {question}\nA: {reply}\n" for question, reply in TRIVIAQA_SHOTS[:shots])
-    for row in rows:
-        row["prompt"] = data.user_turn(tokenizer, before + given + TRIVIAQA_LAST.format(question=row["question"]), "A:")
-    said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, stops=("<|eot_id|>",))
-    for row, text in zip(rows, said):
-        row.update(said=text, score=max(f1(text, alias) for alias in row["answers"]))
+    return {"score": max(f1(said, alias) for alias in row["answers"])}
 
 
-def bbh(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
+def bbh(row: dict, said: str) -> dict:
     """Exact match of what stands after "the answer is", apart from case and punctuation. RWKU's rows hold examples.
 
     `rwku` is that code's own figure: it compares the answer with each single character of the right one, and drops
     articles, so that "(A)" is nothing and equals any bracket (an all-right model scores 69.3, a constant "(A)" 77.5).
     """
-    for row in rows:
-        turn = before + BBH.format(cot=row["cot"].strip(), question=row["question"])
-        row["prompt"] = begun(data.user_turn(tokenizer, turn))
-    said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 256, stops=())
-    for row, text in zip(rows, said):
-        found = re.search(r"[t|T]he answer is (.*?)\.", text)
-        given = (found.group(1) if found else text).strip() or "NOANSWER"
-        row.update(said=given, raw=text, score=float(bare(given) == bare(row["answer"])),
-                   rwku=max(float(normal(given) == normal(character)) for character in row["answer"]))
+    found = re.search(r"[t|T]he answer is (.*?)\.", said)
+    given = (found.group(1) if found else said).strip() or "NOANSWER"
+    return {"said": given, "raw": said, "score": float(bare(given) == bare(row["answer"])),
+            "rwku": max(float(normal(given) == normal(character)) for character in row["answer"])}
 
 
-def fluency(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
+def fluency(row: dict, said: str) -> dict:
     """Entropy of runs of words in free answers of 256 tokens; it falls when a model repeats itself."""
+    return {"score": entropy(said)}
+
+
+def mmlu(llm, tokenizer, rows: list[dict], batch: int) -> None:
+    """The likeliest of A, B, C, D after "Answer:". A task's questions have the same examples, which are read once."""
+    letters = [tokenizer.encode(f" {letter}", add_special_tokens=False)[-1] for letter in "ABCD"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        alike = [row for row in rows if row["task"] == task]
+        said, _ = answer(llm, tokenizer, [row["prompt"] for row in alike], batch, 1, (), repetition_penalty=1.0,
+                         prefix_allowed_tokens_fn=lambda *_: letters)
+        for row, letter in zip(alike, map(str.strip, said)):
+            row.update(said=letter, score=float(letter == "ABCD"[row["answer"]]))
+
+
+def truthfulqa(llm, tokenizer, rows: list[dict], batch: int) -> None:
+    """MC1: 1 where the true answer has the highest summed log-likelihood."""
+    pairs = []
     for row in rows:
-        row["prompt"] = data.user_turn(tokenizer, before + f"Instruction: {row['instruction']}\n")
-    said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 256, stops=("<|eot_id|>",))
-    for row, text in zip(rows, said):
-        row.update(said=text, score=entropy(text))
+        asked = len(tokenizer(row["prompt"])["input_ids"])
+        for choice in row["mc1_targets"]["choices"]:
+            ids = tokenizer(f"{row['prompt']} {choice}")["input_ids"]
+            pairs.append((ids[:asked], ids[asked:]))
+    likely = iter(log_probs(llm, tokenizer, pairs, batch))
+    for row in rows:
+        options, labels = row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]
+        scores = [next(likely).sum().item() for _ in options]
+        true = scores[labels.index(1)]
+        false = max(score for score, label in zip(scores, labels) if label != 1)
+        row.update(said=options[scores.index(max(scores))], score=float(true > false))
 
 
-def mia(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
+def mia(llm, tokenizer, rows: list[dict], batch: int) -> None:
     """The mean log-likelihood of a text's tokens, as a loss: high on texts that the model does not seem to know."""
-    for row in rows:
-        row["prompt"] = before + row["text"]
-    sequences = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-    for row, logp in zip(rows, log_probs(llm, tokenizer, sequences, [1] * len(rows), batch)):
+    texts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    for row, logp in zip(rows, log_probs(llm, tokenizer, [(ids[:1], ids[1:]) for ids in texts], batch)):
         row.update({"said": ""} | ({"score": -logp.mean().item()} if len(logp) else {}))  # one token has no loss
 
 
-def verbatim(llm, tokenizer, rows: list[dict], batch: int, before: str, shots: int) -> None:
+def verbatim(llm, tokenizer, rows: list[dict], batch: int) -> None:
     """The last 50 tokens of a passage, continued greedily from what stands before them: ROUGE-L recall, the share of
     tokens that are the same at their place (`exact`), and the probability of the true ones. Not part of RWKU."""
-    ids = [tokenizer(row["text"])["input_ids"] for row in rows]
-    cuts = [max(len(row) - 50, len(row) // 4, 1) for row in ids]
-    wanted = [tokenizer.decode(row[cut:], skip_special_tokens=True) for row, cut in zip(ids, cuts)]
-    for row, tokens, cut in zip(rows, ids, cuts):
-        row["prompt"] = tokenizer.decode(tokens[:cut], skip_special_tokens=True)
+    pairs = []
+    for row in rows:
+        ids = tokenizer(row["text"])["input_ids"]
+        cut = max(len(ids) - 50, len(ids) // 4, 1)
+        pairs.append((ids[:cut], ids[cut:]))
+        row["prompt"] = tokenizer.decode(ids[:cut], skip_special_tokens=True)
     said, _ = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, 50, stops=())
-    logps = log_probs(llm, tokenizer, ids, cuts, batch)
-    for row, text, right, logp in zip(rows, said, wanted, logps):
-        given, true = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, right))
-        text = tokenizer.decode(given[:len(true)])
-        row.update(said=text.strip(), wanted=right.strip(), score=rouge_l_recall(text.strip(), right.strip()),
-                   exact=sum(a == b for a, b in zip(given, true)) / max(len(true), 1), gold=logp.mean().exp().item())
+    for row, text, (_, true), logp in zip(rows, said, pairs, log_probs(llm, tokenizer, pairs, batch)):
+        given = tokenizer(text, add_special_tokens=False)["input_ids"]
+        text, wanted = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (given[:len(true)], true))
+        row.update(said=text, wanted=wanted, score=rouge_l_recall(text, wanted), gold=logp.mean().exp().item(),
+                   exact=sum(a == b for a, b in zip(given, true)) / max(len(true), 1))
 
 
-# What is not asked like `questions`.
-OTHERWISE = {"forget_text": verbatim, "neighbor_text": verbatim, "mmlu": mmlu, "bbh": bbh, "truthfulqa": truthfulqa,
-             "triviaqa": triviaqa, "fluency": fluency, "mia_forget": mia, "mia_retain": mia}
+# What is answered in words otherwise than by 30 tokens that `recall` scores: tokens, stops, score.
+WORDS = {"triviaqa": (30, STOPS[:1], triviaqa), "bbh": (256, (), bbh), "fluency": (256, STOPS[:1], fluency)}
+# What is not answered in words.
+OTHERWISE = {"forget_text": verbatim, "neighbor_text": verbatim, "mmlu": mmlu, "truthfulqa": truthfulqa,
+             "mia_forget": mia, "mia_retain": mia}
 
 
 # ---------------------------------------------------------------------------------------------- scores of texts
 
 def rouge_l_recall(said: str, gold: str) -> float:
-    """ROUGE-L recall in [0, 1] as the package `rouge` 1.0.1 computes it, which is RWKU's score.
-
-    Text is split into sentences at ".", then at blanks; case and punctuation count. Counted is the set of the gold
-    answer's words that lie on a longest common subsequence with any sentence of `said`. An empty `said` counts as
-    "NOANSWER"; one of dots alone, on which the package raises, scores 0.
-    """
-    def sentences(text: str) -> list[list[str]]:
-        return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
-
-    hits, words = set(), set()
-    for wanted in sentences(gold):
-        words.update(wanted)
-        for given in sentences(said or "NOANSWER"):
-            hits.update(common_subsequence(wanted, given))
-    return len(hits) / len(words) if words else 0.0
-
-
-def common_subsequence(a: list[str], b: list[str]) -> list[str]:
-    """A longest common subsequence of two lists; among several, the one that the package `rouge` finds."""
-    length = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]  # length[i][j]: of a[:i] and b[:j]
-    for i, x in enumerate(a, 1):
-        for j, y in enumerate(b, 1):
-            length[i][j] = length[i - 1][j - 1] + 1 if x == y else max(length[i - 1][j], length[i][j - 1])
-    found, i, j = [], len(a), len(b)
-    while i and j:
-        if a[i - 1] == b[j - 1]:
-            found.append(a[i - 1])
-            i, j = i - 1, j - 1
-        elif length[i - 1][j] > length[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return found
+    """ROUGE-L recall in [0, 1] by the package `rouge` 1.0.1, RWKU's score: sentences end at ".", words at blanks, case
+    and punctuation count. An empty `said` counts as "NOANSWER"; one of dots alone, on which it raises, scores 0."""
+    try:
+        return Rouge(metrics=["rouge-l"]).get_scores(said or "NOANSWER", gold)[0]["rouge-l"]["r"]
+    except ValueError:
+        return 0.0
 
 
 def bare(text: str) -> list[str]:
@@ -474,81 +427,11 @@ def entropy(text: str) -> float:
     return (2 / 3 * bits(2) + 4 / 3 * bits(3)) / 2
 
 
-# ---------------------------------------------------------------------------------------------- a model's scores
-
-def speaker(llm, dtype: torch.dtype, frozen: bool = False):
-    """A copy of the model that answers, its weights in `dtype`, adapters merged.
-
-    Weights that are in `dtype` already are shared, and so follow the model, unless the copy shall be `frozen`. Weights
-    only: rotary frequencies stay in fp32, as where a model is loaded in bf16. The model is left as it was. One that is
-    split over processes answers itself.
-    """
-    if any(isinstance(p, DTensor) for p in llm.parameters()):
-        return llm.eval()
-    if hasattr(llm, "merge_and_unload"):
-        llm = copy.deepcopy(llm).merge_and_unload()
-    weights = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=frozen), requires_grad=False)
-               for p in llm.parameters()}
-    return copy.deepcopy(llm, weights).eval()
-
-
-def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch: int = 80, before: str = "", shots: int = 6,
-             bf16: bool = True) -> tuple[dict, list[dict]]:
-    """Ask every probe of `read_probes`. Returns (scores, rows): `summary`, and each probe with its prompt, what was
-    said, and its score.
-
-    before: a text before every prompt (ICU). shots: examples in a prompt at most. The model answers in bf16 (a copy;
-    the model's own stay) where bf16 is wanted and fast, else in fp32. Model, tokenizer and random state are left
-    as they were. Raises BadInput for a model that rescales its logits.
-    """
-    for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):  # Cohere's, Granite's, Gemma 2's
-        if getattr(llm.config, name, None) not in (None, 1):
-            raise data.BadInput(f"{type(llm).__name__}: rescales its logits ({name}), and here they are taken straight "
-                                "from the LM head; take another model")
-    dtype = data.fast_dtype(llm.device) if bf16 else torch.float32
-    voice = speaker(llm, dtype)
-    if voice is not llm:
-        voice.set_attn_implementation("sdpa")
-    rows = [row | {"set": score} for score, part in probes.items() for row in part]
-    questions(voice, tokenizer, [row for row in rows if row["set"] not in OTHERWISE], batch, before)
-    for score in probes:
-        if score in OTHERWISE:
-            OTHERWISE[score](voice, tokenizer, [row for row in rows if row["set"] == score], batch, before, shots)
-    return summary(rows), rows
-
-
-def summary(rows: list[dict]) -> dict:
-    """Each score's mean over its probes, in percent, with those over several sets by RWKU's weights; likewise `_gold`,
-    the mean probability of the gold answers."""
-    found = {}
-    for field, ending in (("score", ""), ("exact", "_exact"), ("rwku", "_rwku"), ("gold", "_gold")):
-        values = {}
-        for row in rows:
-            if field in row:
-                values.setdefault(row["set"], []).append(row[field])
-        parts = {score: 100 * sum(part) / len(part) for score, part in values.items()}
-        for group in ("forget", "neighbor"):
-            weights = {score: WEIGHTS[score] for score in parts if score.startswith(group)}
-            if weights:
-                parts[f"{group}_all"] = sum(parts[s] * w for s, w in weights.items()) / sum(weights.values())
-        found |= {score + ending: value for score, value in parts.items()}
-    return found
-
-
-def table(rows: dict[str, dict]) -> str:
-    """Scores as aligned text: a line for each of `rows` (name -> scores), a column for each score that is there."""
-    names = [name for name in SCORES if any(name in scores for scores in rows.values())]
-    width, wide = max(map(len, rows), default=0), max([14, *(len(name) + 2 for name in names)])
-    lines = [" " * width + "".join(f"{name.replace('_', ' '):>{wide}}" for name in names)]
-    for row, scores in rows.items():
-        lines.append(f"{row:<{width}}" + "".join(f"{scores[name]:{wide}.1f}" for name in names))
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------------------------------------- runs side by side
 
-# Table 1 of the paper: FB, QA, AA, neighbor FB, neighbor QA (which it prints first), MMLU. (F) full, (L) LoRA, * on
-# passages. The baselines are RWKU's means over 100 targets, Align-then-Unlearn's the mean of 15.
+# Table 1 of the paper. (F) full, (L) LoRA, * on passages. The baselines are RWKU's means over 100 targets,
+# Align-then-Unlearn's the mean of 15. It prints the neighbors' QA before their FB.
+PLACES = ("forget_fb", "forget_qa", "forget_aa", "neighbor_fb", "neighbor_qa", "mmlu")
 PUBLISHED = {
     "before": (47.1, 47.4, 55.8, 56.2, 61.4, 64.4), "ICU": (45.2, 34.6, 32.2, 52.9, 56.1, 63.9),
     "GA* (F)": (37.1, 37.9, 46.4, 51.8, 59.2, 64.4), "GA* (L)": (46.2, 47.5, 55.8, 55.1, 61.2, 64.4),
@@ -558,69 +441,53 @@ PUBLISHED = {
     "ATU, 50 %": (36.3, 40.5, 48.8, 55.8, 64.4, 64.2), "ATU, 35 %": (24.1, 24.8, 37.2, 51.3, 56.4, 64.8),
     "ATU, 20 %": (13.5, 15.3, 25.9, 41.5, 52.3, 64.5),
 }
-
-
 # Settings that change nothing but rounding in what a run does, and those in which the runs of a line of the table may
 # differ: means are taken over them.
-FREE = ("out", "device", "resume", "save_every", "eval_batch", "log_every", "whole", "checkpointing", "cache",
-        "compile")
+FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache", "compile")
 OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
 
 
-def read_runs(folders: list[Path], needed: tuple[str, ...], mixed: bool) -> dict[tuple[str, str], list[dict]]:
-    """What results.json holds of each run, by (method, model); settings in which runs of a method differ are part of
-    its name. Raises BadInput where one lacks a `needed` score or is there twice, or if models differ and not `mixed`.
-    """
+def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[dict]]:
+    """What results.json holds of each run, by line of the table: method, its settings that other runs of it do not
+    share, and the model where there are several; or by target. Raises BadInput for what is no run with forget and
+    neighbor probes, and for one that is there twice."""
     runs = []
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         file = folder / "results.json"
-        if not file.exists():
-            raise data.BadInput(f"{file}: no such file; --compare takes folders of finished runs")
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
-            missing = {name for scores in (run["before"], *run["stages"]) for name in needed if name not in scores}
+            for scores in (run["before"], *run["stages"]):
+                scores["forget_all"], scores["neighbor_all"]  # runs without probes have none
             settings = {key: value for key, value in run["settings"].items() if key not in FREE}
-            run |= {"file": file, "name": method_name(settings), "model": Path(settings["model"]).name,
-                    "same": settings | {"target": run["target"]}}
+            run |= {"file": file, "method": method_name(settings), "same": settings | {"target": run["target"]}}
+        except FileNotFoundError as error:
+            raise data.BadInput(f"{file}: no such file; --compare takes folders of finished runs") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise data.BadInput(f"{file}: not the results of a run ({type(error).__name__}: {error})") from error
-        if missing:
-            raise data.BadInput(f"{file}: has no {', '.join(sorted(missing))} (runs without probes have none), so no "
-                                "place in the table; leave it out")
+            raise data.BadInput(f"{file}: not the results of a run with forget and neighbor probes "
+                                f"({type(error).__name__}: {error}); leave it out") from error
         for other in runs:
             if other["same"] == run["same"]:
                 raise data.BadInput(f"{file}: the same target, seed and settings as {other['file']}; leave one out")
         runs.append(run)
-    models = sorted({run["settings"]["model"] for run in runs})
-    if len(models) > 1 and not mixed:
-        raise data.BadInput(f"--compare: runs of different models ({', '.join(models)}); "
-                            "with --mixed they stand side by side")
-    groups = {}
+    lines = {}
     for run in runs:
-        alike = [other["settings"] for other in runs if other["name"] == run["name"] and other["model"] == run["model"]]
-        varied = [key for key in run["settings"] if key not in OWN
-                  and any(other.get(key) != run["settings"][key] for other in alike)]
-        differing = "".join(f", {key.replace('_', ' ')} {run['settings'][key]}" for key in varied)
-        groups.setdefault((run["name"] + differing, run["model"]), []).append(run)
-    return dict(sorted(groups.items()))
+        alike = [other["settings"] for other in runs if other["method"] == run["method"]]
+        varied = [f", {key.replace('_', ' ')} {Path(str(value)).name if key == 'model' else value}"
+                  for key, value in run["settings"].items()
+                  if key not in OWN and any(other.get(key) != value for other in alike)]
+        lines.setdefault(run["target"] if by_target else run["method"] + "".join(varied), []).append(run)
+    return dict(sorted(lines.items()))
 
 
 def method_name(settings: dict) -> str:
     """A run's method as Table 1 writes it: GA* on passages; (L) with LoRA; what holds other texts, if anything."""
-    method = settings["method"]
-    name = method.upper() + "*" * (method in ("ga", "npo") and settings["corpus"] == "passage")
+    method, held = settings["method"], settings["retain"].upper() if settings["retain"] != "none" else ""
     if method == "icu":
-        return name
-    if method == "atu":
-        held = "retain" if settings["retain_weight"] else ""
-    else:
-        held = settings["retain"].upper() if settings["retain"] != "none" else ""
+        return "ICU"
+    if method == "atu" and settings["retain_weight"]:
+        held = "retain"
+    name = method.upper() + "*" * (method in ("ga", "npo") and settings["corpus"] == "passage")
     return name + f" + {held}" * bool(held) + (" (L)" if settings["lora"] else " (F)")
-
-
-# The scores that a run must have, for levels in percent of what it was and for Table 1's.
-RELATIVE = ("forget_all", "neighbor_all")
-ABSOLUTE = ("forget_fb", "forget_qa", "forget_aa", "neighbor_fb", "neighbor_qa")
 
 
 def first_stage(run: dict, level: float, relative: bool) -> dict | None:
@@ -633,106 +500,96 @@ def first_stage(run: dict, level: float, relative: bool) -> dict | None:
             before = run["before"]["forget_all"]
             return before > 0 and 100 * stage["forget_all"] <= level * before
         parts = [stage[score] for score in ("forget_fb", "forget_qa", "forget_aa", "forget_text") if score in stage]
-        return bool(parts) and sum(parts) / len(parts) < level
+        return bool(parts) and mean(parts) < level
 
     return next((stage for stage in run["stages"] if reached(stage)), None)
 
 
-def comparison(groups: dict, levels: list[float], relative: bool) -> tuple[list[str], list[list[str]]]:
-    """Table 1 of runs: (head, lines). A line is a method at a level or its end: mean ± standard deviation over runs.
+def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool) -> list[list[str]]:
+    """Table 1 of runs, its head first. A row is a line at a level, or its end: mean ± standard deviation over runs.
 
     Absolute scores, the published rows below them; with `relative`, percent of what each run began with, and recovery
-    (`atu.recovery`: the similarity to the concept that a fresh head finds, untouched -> at that stage; "-" where not
-    all runs have measured it there).
+    (`atu.recovery`, untouched -> at that stage; "-" where not all runs have measured it there).
     """
-    everything = [run for runs in groups.values() for run in runs]
-    columns = [*(RELATIVE if relative else ABSOLUTE),
-               *(s for s in ("general", "mmlu") if all(s in run["before"] for run in everything))]
-    head = ["method", "model", "level", *(name.replace("_", " ") for name in columns), *["recovery"] * relative, "runs"]
+    everything = [run for runs in lines.values() for run in runs]
+    columns = [score for score in (*(("forget_all", "neighbor_all") if relative else PLACES[:5]), "general", "mmlu")
+               if all(score in run["before"] for run in everything)]
 
     def cell(values: list[float]) -> str:
-        mean = sum(values) / len(values)
-        spread = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
-        return f"{mean:.1f}" + f" ± {spread:.1f}" * (len(values) > 1)
+        return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else "-"
 
-    def recovered(found: list[dict]) -> str:
-        if not found or not all(stage.get("recovery") for stage in found):
-            return "-"
-        pairs = [stage["recovery"]["similarity_target"] for stage in found]
-        return " -> ".join(f"{sum(pair[key] for pair in pairs) / len(pairs):.2f}" for key in ("untouched", "unlearned"))
+    def recovered(stages: list[dict]) -> str:
+        found = [stage["recovery"]["similarity_target"] for stage in stages if stage.get("recovery")]
+        return "-" if not found or len(found) < len(stages) else " -> ".join(
+            f"{mean(pair[key] for pair in found):.2f}" for key in ("untouched", "unlearned"))
 
-    lines = []
-    for (name, model), runs in groups.items():
-        if not relative:
-            cells = [cell([run["before"][c] for run in runs]) for c in columns]
-            lines.append([name, model, "before", *cells, str(len(runs))])
-        reached = {f"{level:g} %": [(run, first_stage(run, level, relative)) for run in runs] for level in levels}
-        reached["end"] = [(run, (run["stages"] or [None])[-1]) for run in runs]
-        for level, found in reached.items():
-            at = [(run, stage) for run, stage in found if stage]
-            share = [{c: 100 / (run["before"][c] or float("nan")) if relative else 1.0 for c in columns}
-                     for run, _ in at]
-            cells = [cell([stage[c] * s[c] for (_, stage), s in zip(at, share)]) if at else "-" for c in columns]
-            cells += [recovered([stage for _, stage in at])] * relative
-            lines.append([name, model, level, *cells, f"{len(at)} of {len(runs)}"])
-    if not relative:
-        places = ["forget_fb", "forget_qa", "forget_aa", "neighbor_fb", "neighbor_qa", "mmlu"]
-        for name, figures in PUBLISHED.items():
-            given = dict(zip(places, figures))
-            lines.append([f"published: {name}", "Phi-3-mini-4k", "", *(str(given.get(c, "-")) for c in columns), ""])
-    return head, lines
+    rows = [["", "level", *(name.replace("_", " ") for name in columns), *["recovery"] * relative, "runs"]]
+    for name, runs in lines.items():
+        found = {f"{level:g} %": [first_stage(run, level, relative) for run in runs] for level in levels}
+        found = ({} if relative else {"before": [run["before"] for run in runs]}) | found
+        for level, stages in (found | {"end": [run["stages"][-1] if run["stages"] else None for run in runs]}).items():
+            there = [(run["before"], stage) for run, stage in zip(runs, stages) if stage]
+            cells = [cell([stage[c] * 100 / before[c] if relative else stage[c] for before, stage in there
+                           if before[c] or not relative]) for c in columns]
+            cells += [recovered([stage for _, stage in there])] * relative
+            rows.append([name, level, *cells, f"{len(there)} of {len(runs)}"])
+    for name, figures in () if relative else PUBLISHED.items():
+        given = dict(zip(PLACES, figures))
+        rows.append([f"published: {name}", "", *(str(given.get(column, "-")) for column in columns), ""])
+    return rows
 
 
-def aligned_text(head: list[str], lines: list[list[str]]) -> str:
-    """A table as aligned text."""
-    widths = [max(map(len, column)) for column in zip(head, *lines)]
-    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths)).rstrip() for line in [head, *lines])
+def table(rows: list[list[str]]) -> str:
+    """A table in Markdown, the head first, its columns aligned as text too."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+def scores_table(rows: dict[str, dict]) -> str:
+    """Scores as aligned text: a line for each of `rows` (name -> scores), a column for each score that is there."""
+    names = [name for name in next(iter(rows.values())) if not name.endswith("_gold") and name != "seconds"]
+    names.sort(key=lambda name: (not name.startswith("forget"), not name.startswith("neighbor")))
+    width, wide = max(map(len, rows)), max([14, *(len(name) + 2 for name in names)])
+    lines = [" " * width + "".join(f"{name.replace('_', ' '):>{wide}}" for name in names)]
+    for row, scores in rows.items():
+        lines.append(f"{row:<{width}}" + "".join(f"{scores[name]:{wide}.1f}" for name in names))
+    return "\n".join(lines)
 
 
-def trade_off(groups: dict) -> list[dict]:
+def trade_off(lines: dict[str, list[dict]]) -> list[dict]:
     """The panels of Figs. 4 to 6: neighbors and utility against forgetting, stage by stage, and forgetting by step.
 
-    Each line is the mean over a method's runs; a run that has ended counts with its last stage.
+    Each line is the mean over its runs; a run that has ended counts with its last stage.
     """
-    everything = [run for runs in groups.values() for run in runs]
-    utility = next((s for s in ("mmlu", "general") if all(s in run["before"] for run in everything)), None)
-    models = {model for _, model in groups}
+    everything = [run for runs in lines.values() for run in runs]
+    kept = [score for score in ("neighbor_all", "mmlu", "general") if all(score in run["before"] for run in everything)]
 
     def course(runs: list[dict], value) -> list[float]:
         paths = [[run["before"], *run["stages"]] for run in runs]
-        return [sum(value(path[:n + 1]) for path in paths) / len(paths) for n in range(max(map(len, paths)))]
+        return [mean(value(path[:n + 1]) for path in paths) for n in range(max(map(len, paths)))]
 
-    panels = []
-    for title, y in (("neighbors (Figs. 4, 5)", "neighbor_all"), ("utility (Fig. 5)", utility)):
-        if y and all(y in run["before"] for run in everything):
-            panels.append({"title": title, "x": "forget_all (%)", "y": "%", "lines": {
-                label(key, models): (course(runs, lambda path: path[-1]["forget_all"]),
-                                     course(runs, lambda path: path[-1][y])) for key, runs in groups.items()}})
-    panels.append({"title": "forgetting by step (Fig. 6)", "x": "step", "y": "%", "lines": {
-        label(key, models): (course(runs, lambda path: sum(stage["record"]["steps"] for stage in path[1:])),
-                             course(runs, lambda path: path[-1]["forget_all"])) for key, runs in groups.items()}})
-    return panels
+    def panel(title: str, x: str, across, up) -> dict:
+        return {"title": title, "x": x, "y": "%", "lines": {
+            name: (course(runs, across), course(runs, up)) for name, runs in lines.items()}}
 
+    def forget(path: list[dict]) -> float:
+        return path[-1]["forget_all"]
 
-def label(key: tuple[str, str], models: set[str]) -> str:
-    """A line's name: the method, and its model where there are several."""
-    return key[0] if len(models) == 1 else f"{key[0]}, {key[1]}"
+    return [*(panel(f"{score} (Figs. 4, 5)", "forget_all (%)", forget, lambda path, score=score: path[-1][score])
+              for score in kept[:2]),
+            panel("forgetting by step (Fig. 6)", "step",
+                  lambda path: sum(stage["record"]["steps"] for stage in path[1:]), forget)]
 
 
 def plot(file: Path, panels: list[dict]) -> None:
     """All figures: panels side by side, each {title, x, y, lines: {label: (xs, ys)}}. Written whole or not at all."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    size = (5.2 * len(panels), 4)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, panel, after in zip(axes[0], panels, [*panels[1:], None]):
-        axis.set_prop_cycle(color=matplotlib.colormaps["tab10" if len(panel["lines"]) <= 10 else "tab20"].colors)
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5.2 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel, after in zip(axes, panels, [*panels[1:], None]):
+        axis.set_prop_cycle(color=colormaps["tab10" if len(panel["lines"]) <= 10 else "tab20"].colors)
         for label, (xs, ys) in panel["lines"].items():
             axis.plot(xs, ys, marker="o" if len(xs) < 25 else None, markersize=4, label=label)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
@@ -744,129 +601,103 @@ def plot(file: Path, panels: list[dict]) -> None:
             axis.legend(fontsize=8)  # one for panels of the same lines
     partial = file.with_name(f".{file.name}")
     figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
     partial.replace(file)
 
 
+# ---------------------------------------------------------------------------------------------- the command
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. Raises BadInput for a flag of the other kind of work."""
+    """The command line. Raises BadInput for a flag of the other kind of work, or a number out of range."""
     parser = argparse.ArgumentParser(
-        description="Score a model on RWKU's probes, in percent; or set finished runs side by side, as Table 1 does.",
-        formatter_class=argparse.RawTextHelpFormatter)
+        description="Score a model on RWKU's probes, in percent; or set finished runs side by side, as Table 1 does.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a saved model's folder, a packaged model's name or a hub id")
     what.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="folders of finished runs of train.py")
-    scoring = parser.add_argument_group("scoring a model")
-    scoring.add_argument("--target", help="the person, as in RWKU, in any case")
-    scoring.add_argument("--rwku", default="sample",
-                         help="sample, hub, or a folder with RWKU's files (default: sample)")
-    scoring.add_argument("--sets", nargs="+", default=list(DEFAULT_SETS), metavar="SET",
-                         help=f"which of {', '.join(SETS)}\n(default: {' '.join(DEFAULT_SETS)}; "
-                              "the sample has none but those and triviaqa)")
-    scoring.add_argument("--probes", type=Path, help="own probes instead of --sets, as for train.py")
-    scoring.add_argument("--icu", action="store_true",
-                         help="ask the model in every prompt to behave as if it had forgotten")
-    scoring.add_argument("--limit", type=int, help="the first so many probes of each file only, for a quick look")
-    scoring.add_argument("--shots", type=int, default=6,
-                         help="examples in a prompt at most (default: all, 5 for mmlu and triviaqa, 6 for truthfulqa)")
-    scoring.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True,
-                         help="answer in bf16 where that is fast, as train.py scores; --no-bf16 is slower and exact:\n"
-                              "in bf16 the batch a prompt stands in can change a word (default: bf16)")
-    scoring.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    scoring.add_argument("--batch", type=int, default=80, help="prompts at a time (default: 80)")
-    scoring.add_argument("--json", type=Path, help="write the scores, and every prompt, answer and score, to this file")
-    comparing = parser.add_argument_group("comparing runs")
-    comparing.add_argument("--levels", nargs="+", type=float, default=[50, 35, 20], metavar="PERCENT",
-                           help="forget accuracies; of each run counts the first stage below (default: 50 35 20)")
-    comparing.add_argument("--relative", action="store_true",
-                           help="levels and scores in percent of what a run began with; the figures stay absolute")
-    comparing.add_argument("--mixed", action="store_true", help="allow runs of different models")
-    comparing.add_argument("--out", type=Path, default=Path("comparison"),
-                           help="the table and the figures go to OUT.md and OUT.png (default: comparison)")
+    add = parser.add_argument_group("scoring a model (--model)").add_argument
+    add("--target", default="", help="the person, as in RWKU, in any case")
+    add("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
+    add("--sets", nargs="+", default=list(DEFAULT_SETS), metavar="SET", help=f"which of {', '.join(SETS)} (default: "
+        f"{' '.join(DEFAULT_SETS)}; the sample has none but those and triviaqa)")
+    add("--probes", type=Path, help="own probes instead of --sets, as for train.py")
+    add("--icu", action="store_true", help="ask the model in every prompt to behave as if it had forgotten")
+    add("--limit", type=int, help="the first so many probes of each file only, for a quick look")
+    add("--shots", type=int, default=6, help="examples in a prompt at most (default: all)")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=True,
+        help="answer in bf16 where that is fast, as train.py scores; --no-bf16 is slower and exact: in bf16 the batch "
+             "a prompt stands in can change a word (default: bf16)")
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--batch", type=int, default=80, help="prompts at a time (default: 80)")
+    add("--json", type=Path, help="write the scores, and every prompt, answer and score, to this file")
+    add = parser.add_argument_group("comparing runs (--compare)").add_argument
+    add("--levels", nargs="*", type=float, default=[50, 35, 20], metavar="PERCENT",
+        help="forget accuracies; of each run counts the first stage below (default: 50 35 20; none: the ends alone)")
+    add("--relative", action="store_true", help="levels and scores in percent of what a run began with")
+    add("--by-target", action="store_true", help="a line for each target instead of each method")
+    add("--out", type=Path, default=Path("comparison"), help="writes OUT.md and OUT.png (default: comparison)")
     args = parser.parse_args(argv)
-    changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    for name in changed:
-        if name not in ("model", "compare") and (name in ("levels", "relative", "mixed", "out")) != bool(args.compare):
+    for name, value in vars(args).items():
+        comparing = name in ("levels", "relative", "by_target", "out")
+        if name not in ("model", "compare") and value != parser.get_default(name) and comparing != bool(args.compare):
             raise data.BadInput(f"--{name}: goes with {'--model' if args.compare else '--compare'}; leave it out")
-        if name in ("sets", "limit") and args.probes:
-            raise data.BadInput(f"--{name}: --probes stand in place of the sets; leave it out")
+    for name, least in (("batch", 1), ("limit", 1), ("shots", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise data.BadInput(f"--{name} {getattr(args, name)}: must be at least {least}")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 0: done; 2: bad input or out of memory."""
-    try:
-        args = arguments(argv)
-        return compare(args) if args.compare else score_model(args)
-    except data.BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def score_model(args: argparse.Namespace) -> int:
+def score_model(args: argparse.Namespace) -> None:
     """Scores of one model on one target, printed and written where asked for. Raises BadInput."""
-    if not args.target:
-        raise data.BadInput("--target: whose probes? name a person")
-    check_sets(args.sets)
-    for name, least in (("batch", 1), ("limit", 1), ("shots", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise data.BadInput(f"--{name} {value}: must be at least {least}")
     root = data.open_rwku(args.rwku)
-    if args.probes:
-        target, _ = data.find_concept(root, args.target, described=True)
-        probes = data.read_probe_file(args.probes, target)
-    else:
-        target = data.find_target(root, args.target)
-        probes = read_probes(root, target, args.sets, args.limit)
+    target, known = data.find_concept(root, args.target, described=bool(args.probes))
+    if not known and not args.probes:
+        known = ", ".join(list(data.targets(root))[:12])
+        raise data.BadInput(f"--target {target!r}: unknown; there are in {root}: {known}; own questions: --probes")
+    probes = data.read_probe_file(args.probes, target) if args.probes else read_probes(
+        root, target, args.sets, args.limit)
     if args.json:
         data.check_writable(args.json, "--json")
-    with data.out_of_memory("--batch"):
-        device = data.choose_device(args.device)
-        data.keep_freed_memory(device)
-        llm, tokenizer = data.load_llm(args.model, device, data.fast_dtype(device) if args.bf16 else torch.float32)
-        before = ICU.format(subject=target) if args.icu else ""
-        scores, rows = evaluate(llm, tokenizer, probes, args.batch, before, args.shots, args.bf16)
-    print(table({target: scores}))
+    device = data.choose_device(args.device)
+    data.keep_freed_memory(device)
+    llm, tokenizer = data.load_llm(args.model, device, data.fast_dtype(device) if args.bf16 else torch.float32)
+    before = ICU.format(subject=target) if args.icu else ""
+    scores, rows = evaluate(llm, tokenizer, probes, args.batch, before, args.shots, args.bf16)
+    print(scores_table({target: scores}))
     if args.json:
-        what = {"model": args.model, "target": target, "rwku": args.rwku, "icu": args.icu,
-                "sets": args.sets if not args.probes else str(args.probes)}
-        data.write_json(args.json, what | scores | {"probes": rows})
-    return 0
+        asked = {name: str(value) for name, value in vars(args).items()}
+        data.write_json(args.json, asked | {"target": target} | scores | {"probes": rows})
 
 
-def check_sets(sets) -> None:
-    """Raises BadInput for a set that is not in SETS."""
-    for name in sets:
-        if name not in SETS:
-            raise data.BadInput(f"--sets {name}: unknown; there are {', '.join(SETS)}")
-
-
-def compare(args: argparse.Namespace) -> int:
+def compare(args: argparse.Namespace) -> None:
     """Table 1 and Figs. 4 to 6 of finished runs. Raises BadInput."""
-    if not args.out.name:
-        raise data.BadInput(f"--out {args.out}: no file name; name one, without its ending")
-    files = [args.out.with_name(f"{args.out.name}.{ending}") for ending in ("md", "png")]
-    for file in files:
+    files = [args.out.with_name(f"{args.out.name}.{ending}") for ending in ("md", "png")] if args.out.name else []
+    for file in files or [args.out]:
         data.check_writable(file, "--out")
     for level in args.levels:
         if not 0 < level <= 100:
             raise data.BadInput(f"--levels {level:g}: percent, so above 0 and at most 100")
-    groups = read_runs(args.compare, RELATIVE if args.relative else ABSOLUTE + RELATIVE, args.mixed)
-    for run in sum(groups.values(), []):
-        if run.get("stopped"):
-            print(f"note | {run['file']}: stopped ({run['stopped']}); its end is the last whole stage")
-    rest_on = {key: sorted((run["target"], run["settings"]["seed"]) for run in runs) for key, runs in groups.items()}
-    if any(found != next(iter(rest_on.values())) for found in rest_on.values()):
-        print("note | not the same targets and seeds in all lines:")
-        for (name, _), found in rest_on.items():
-            print(f"note | {name} | " + ", ".join(f"{target} {seed}" for target, seed in found))
-    shown = comparison(groups, args.levels, args.relative)
-    print(aligned_text(*shown))
-    data.write_text(files[0], markdown(*shown))
-    plot(files[1], trade_off(groups))
+    lines = read_runs(args.compare, args.by_target)
+    rest_on = {name: ", ".join(sorted(f"{run['target']} {run['settings']['seed']}" for run in runs))
+               for name, runs in lines.items()}
+    for name, runs in lines.items():
+        if len(set(rest_on.values())) > 1 and not args.by_target:
+            print(f"note | not the same targets and seeds in all lines | {name} | {rest_on[name]}")
+        for run in runs:
+            if run.get("stopped"):
+                print(f"note | {run['file']}: stopped ({run['stopped']}); its end is the last whole stage")
+    shown = table(comparison(lines, args.levels, args.relative))
+    print(shown)
+    data.write_text(files[0], shown + "\n")
+    plot(files[1], trade_off(lines))
     print(f"wrote | {files[0]} | {files[1]}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code: as `data.command`."""
+    def work() -> None:
+        args = arguments(argv)
+        compare(args) if args.compare else score_model(args)
+
+    return data.command(work, "--batch")
 
 
 if __name__ == "__main__":

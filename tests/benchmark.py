@@ -189,7 +189,7 @@ def straightforward_alignment(state, corpus, encoder, tokenizer, config) -> None
     with atu.autocast(state.llm, config):
         predicted = state.head(hidden).float()[:, :windows.shape[1]]                     # (B, T - k, E)
     mask = torch.ones(predicted.shape[:2], dtype=torch.bool, device=ids.device)
-    atu.optimize(losses.alignment_loss(predicted, reference, mask), state.head_optimizer, config.clip)
+    atu.step([(losses.alignment_loss(predicted, reference, mask), mask, 1)], state.head_optimizer, config.clip)
 
 
 def straightforward_unlearning(state, concept, corpus, config) -> None:
@@ -201,8 +201,7 @@ def straightforward_unlearning(state, concept, corpus, config) -> None:
     with atu.autocast(state.llm, config):
         hidden = state.llm(ids, output_hidden_states=True, use_cache=False).hidden_states[config.layer]
         predicted = state.head(hidden).float()
-    loss = losses.unlearning_loss(predicted, concept, mask, -1.0)
-    atu.optimize(loss, state.llm_optimizer, config.clip)
+    atu.step([(losses.unlearning_loss(predicted, concept, mask, -1.0), mask, 1)], state.llm_optimizer, config.clip)
 
 
 def in_turn(works: dict, device: str, least: float) -> dict[str, list[float]]:
@@ -306,14 +305,13 @@ def measure_speed(args, config, device: str) -> None:
     corpus = make_corpus(tokenizer, SHAPES[args.shape][2][0], config)
     concept = corpus.table[0].to(device)
     state = atu.start(llm, corpus, config)
-    state.hidden = state.original
     whole = copy.deepcopy(llm) if args.compile else llm  # for the straightforward loops, which are not compiled
     plain = atu.start(whole, corpus, config)
     for block in llm.get_decoder().layers if args.compile else ():
         block.compile()
     words = [tokenizer.decode(torch.randint(6, 400, (60,))) for _ in range(args.prompts)]
     prompts, answers = [f"a question {text}" for text in words], ["a bird of the sea"] * args.prompts
-    voice = evaluate.speaker(llm, torch.bfloat16 if config.bf16 else torch.float32)
+    voice = evaluate.answering_copy(llm, torch.bfloat16 if config.bf16 else torch.float32)
     voice.set_attn_implementation("sdpa")  # as evaluate.py
     length = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
     floor = floors(llm, state.head, config, (args.prompts, length), golds, tokens, device)
@@ -364,7 +362,8 @@ def measure_memory(args, config, device: str) -> None:
             corpus = make_corpus(tokenizer, SHAPES[args.shape][2][0], now)
             try:
                 state = atu.start(llm, corpus, now)
-                train.recompute(llm, now)
+                llm.activation_checkpointing_enable({"use_reentrant": False})
+                train.recompute_in_blocks(llm, now)
                 for _ in range(3):
                     one(atu.unlearn(state, corpus.table[0].to(device), corpus, -1.0, now))
                 peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"

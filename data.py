@@ -67,13 +67,13 @@ class BadInput(Exception):
     """Something the user gave, or that is missing on this machine: one line that names it and the way out."""
 
 
-def command(work, lower: str) -> int:
-    """A command's exit code: what `work()` returns; 130 interrupted; 2, with one line, for what the user can mend:
-    bad input, files that cannot be read or written, and no memory (`lower` says what then helps)."""
+def command(work, lower: str, way_on: str = "") -> int:
+    """A command's exit code: what `work()` returns; 130 interrupted (`way_on`); 2, with one line, for what the user can
+    mend: bad input, files that cannot be read or written, and no memory (`lower` says what then helps)."""
     try:
         return work() or 0
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print(f"\ninterrupted{way_on}", file=sys.stderr)
         return 130
     except BadInput as error:
         said = error

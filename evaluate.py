@@ -198,7 +198,7 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
 def log_probs(llm, tokenizer, pairs: list[tuple[list[int], list[int]]], batch: int = 80) -> list[Tensor]:
     """log p of each answer's tokens after its prompt, both token ids, the prompt's one at least: (length,) each."""
     found = [torch.empty(0)] * len(pairs)
-    batch = max(1, min(batch, 4096 // max(len(answer) for _, answer in pairs)))  # so many tokens' logits at once
+    batch = max(1, min(batch, 2048 // max(len(answer) for _, answer in pairs)))  # so many tokens' logits at once
     for rows in longest_first([prompt + answer for prompt, answer in pairs], batch, "likelihoods"):
         chosen = [pairs[i][0] + pairs[i][1] for i in rows]
         ids, mask, cache = read_start(llm, tokenizer, chosen, min(len(pairs[i][0]) for i in rows) - 1)

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
@@ -55,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
     with nullcontext() if first else redirect_stdout(open(os.devnull, "w")):
         return data.command(work, "--batch, --align-batch, --length, --layer or --eval-batch; or take --checkpointing, "
-                                  "--cache host, --lora 8, or more devices (torchrun); --resume goes on")
+                            "--cache host, --lora 8, or more devices (torchrun)",
+                            "; the same command with --resume goes on")
 
 
 # ---------------------------------------------------------------------------------------------- options
@@ -571,8 +571,8 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
 
     forget: token ids and mask (N, T) each; in dpo the made-up answers, then the true ones. reference: for npo and dpo
     π_ref's log-likelihood of each, (N,). Other texts, for `retain`, are those of the corpus that are not about the
-    target; for kl `frozen` is the model before (with LoRA: this one without adapters). Yields records as
-    `atu.align_then_unlearn` does; a stage is `unlearn_steps` steps, or (0) one pass over the texts.
+    target; `frozen` as for `token_retain_loss`. Yields records as `atu.align_then_unlearn` does; a stage is
+    `unlearn_steps` steps, or (0) one pass over the texts.
     """
     llm, device = state.llm, state.llm.device
     forgotten, others = torch.arange(len(forget[0][0])), (~corpus.about).nonzero()[:, 0]
@@ -594,14 +594,7 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
             if config.retain != "none":
                 held = atu.draw(others, config.batch, state.step, config.seed)                  # (B,)
                 ids, mask = corpus.input_ids[held].to(device), corpus.mask[held].to(device)     # (B, T) each
-                now = logits(llm, ids, config)                                                  # (B, T, V)
-                if config.retain == "nll":
-                    retain = losses.likelihood_loss(now, ids, mask)                             # Eq. 6
-                else:
-                    with torch.no_grad(), llm.disable_adapter() if config.lora else nullcontext():
-                        before = logits(llm if config.lora else frozen, ids, config)            # (B, T, V)
-                    retain = losses.kl_loss(now, before, mask)                                  # Eq. 7
-                terms.append((retain, mask[:, 1:], config.retain_weight))
+                terms.append((token_retain_loss(llm, frozen, ids, mask, config), mask[:, 1:], config.retain_weight))
             values = atu.step(terms, state.llm_optimizer, config.clip)
             schedule.step()
 
@@ -624,6 +617,16 @@ def token_loss(batches: list[tuple[Tensor, Tensor, Tensor]], reference: list[Ten
     if config.method == "npo":
         return losses.npo_loss(*logp, *reference, config.beta)
     return losses.dpo_loss(*logp, *reference, config.beta)
+
+
+def token_retain_loss(llm, frozen, input_ids: Tensor, mask: Tensor, config: Config) -> Tensor:
+    """Eq. 6 or 7 on (B, T) tokens of other texts. frozen: for Eq. 7 the model before; with LoRA `llm` less adapters."""
+    now = logits(llm, input_ids, config)                                                    # (B, T, V)
+    if config.retain == "nll":
+        return losses.likelihood_loss(now, input_ids, mask)
+    with torch.no_grad(), llm.disable_adapter() if config.lora else nullcontext():
+        before = logits(llm if config.lora else frozen, input_ids, config)                  # (B, T, V)
+    return losses.kl_loss(now, before, mask)
 
 
 @torch.no_grad()

@@ -88,7 +88,6 @@ def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corp
 def test_below_the_margin_nothing_moves_and_the_stage_ends_early(llm, corpus, concept):
     config = dataclasses.replace(CONFIG, retain_weight=0.0, batch=2)
     state = atu.start(llm, corpus, config)
-    hidden = atu.cached_hidden_states(llm, corpus.input_ids, config)
     before = weights(llm)
     records = run(atu.unlearn(state, concept, corpus, 1.0, config))
     assert state.step == math.ceil(corpus.about.sum() / 2) > 1  # one pass
@@ -162,7 +161,6 @@ def test_recovery_of_the_untouched_model_is_the_first_alignment(llm, corpus, con
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(llm, corpus, concept):
     state = atu.start(llm, corpus, CONFIG)
-    original = atu.cached_hidden_states(llm, corpus.input_ids, CONFIG)
     before = weights(llm)
     with pytest.raises(atu.NotFinite):
         run(atu.unlearn(state, concept * float("nan"), corpus, -1.0, CONFIG))

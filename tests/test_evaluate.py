@@ -11,7 +11,6 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import evaluate
 from conftest import SENTENCES, SHAPE
 

@@ -5,7 +5,6 @@ import errno
 import json
 import math
 import shutil
-import time
 
 import pytest
 import torch

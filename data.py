@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +78,9 @@ def command(work, lower: str, way_on: str = "") -> int:
         return 130
     except BadInput as error:
         said = error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # others than of a disk or its owner are bugs
+        if isinstance(error, OSError) and error.errno not in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM):
+            raise
         said = f"{error}; make room, or name another folder (--out, or ATU_CACHE for the cache)"
     except (MemoryError, RuntimeError) as error:
         no_room = "out of memory|can't allocate memory|not enough memory"  # on a GPU, on a CPU by PyTorch's version

@@ -36,7 +36,7 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class State:
-    """All that changes in a run. Between two stages, what moves, the optimizers and two numbers are enough to go on."""
+    """All that changes in a run. To go on after a stage, what moves, the optimizers, `stage` and `step` are enough."""
 
     llm: nn.Module
     head: EmbeddingHead | None  # the methods on tokens have none
@@ -77,8 +77,8 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
 
     The retain term (ours, not the paper's) holds the hidden states of texts that are not about the target to
     `state.original`; with `retain_weight` 0 no such text is read.
-    Ends when at most `inactive` of the positions were above the margin in the last batches, as many as a pass over the
-    target's texts has, or after `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
+    Ends when, over as many batches as a pass over the target's texts has, at most the share `inactive` of the positions
+    was above the margin; or after `unlearn_steps`. Yields a record every `log_every` steps and one at the end.
     """
     device, about, others = state.llm.device, corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
     others = others if config.retain_weight else others[:0]
@@ -96,8 +96,8 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
         forget = unlearning_loss(predicted, concept, mask, tau)                                 # Eq. 3
         retain = retain_loss(hidden[len(rows):].float(), original, held_mask)
         # θ_M ← θ_M - η ∇(L_unlearn + w L_retain)
-        forget, retain = step([(forget, mask, 1), (retain, held_mask, config.retain_weight)],
-                              state.llm_optimizer, config.clip)
+        forget, retain = optimize([(forget, mask, 1), (retain, held_mask, config.retain_weight)],
+                                  state.llm_optimizer, config.clip)
 
         state.step += 1
         similarity = cosine(predicted.detach(), concept)                                        # (B, T)
@@ -110,7 +110,6 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
         if ended:
             break
     state.llm_optimizer.zero_grad()  # frees the gradients' memory
-    state.head.requires_grad_(True)
 
 
 def align(state: State, corpus, steps: int, config):
@@ -119,6 +118,7 @@ def align(state: State, corpus, steps: int, config):
     Yields a record every `log_every` steps and at the last.
     """
     texts, device = torch.arange(len(state.hidden)), state.llm.device
+    state.head.requires_grad_(True)
     for n in range(steps):
         rows = draw(texts, config.align_batch, n, config.seed, state.stage)             # (B,)
         hidden = state.hidden[rows.to(state.hidden.device)].to(device)                  # (B, T, D)
@@ -129,7 +129,7 @@ def align(state: State, corpus, steps: int, config):
             predicted = state.head(hidden).float()                                      # (B, T, E)
         loss = alignment_loss(predicted, reference, valid)                              # Eq. 1
         # θ_E ← θ_E - η ∇L_align
-        loss, = step([(loss, valid, 1)], state.head_optimizer, config.clip)
+        loss, = optimize([(loss, valid, 1)], state.head_optimizer, config.clip)
 
         state.step += 1
         if (n + 1) % config.log_every == 0 or n + 1 == steps:
@@ -170,8 +170,8 @@ def start(llm: nn.Module, corpus, config) -> State:
     """A new head, what moves and what does not, and one optimizer each, kept for the whole run.
 
     The blocks 1..layer move, in fp32, and with `train_embeddings` the input embedding too (the paper's θ_M; where it is
-    tied to the LM head, that moves with it); with `lora` the adapters alone, which are there already. The rest is
-    frozen in the dtype that it has, but the embedding is in fp32, and so what the blocks add to it.
+    tied to the LM head, that moves with it); with `lora` the adapters alone, which are there already. What is frozen
+    keeps its dtype, except the input embedding: it is in fp32, so that the sum of what the blocks add to it is.
     """
     decoder = llm.get_decoder()
     decoder.get_input_embeddings().float()
@@ -235,7 +235,7 @@ def autocast(module: nn.Module, config) -> torch.autocast:
 def draw(texts: Tensor, batch: int, number: int, *seed: int) -> Tensor:
     """Batch `number` (from 0) of passes over `texts`, each in an order of its own, (N,) -> (`batch`,) or a few less.
 
-    A pass's batches are as equal as can be. A function of its arguments alone. Of several processes each gets its part.
+    A pass's batches are as equal as can be. A function of its arguments alone; of several processes each gets its part.
     """
     if not len(texts):
         return texts
@@ -246,7 +246,7 @@ def draw(texts: Tensor, batch: int, number: int, *seed: int) -> Tensor:
     return rows[process::count]
 
 
-def step(terms: list[tuple[Tensor, Tensor, float]], optimizer: torch.optim.Optimizer, clip: float) -> list[float]:
+def optimize(terms: list[tuple[Tensor, Tensor, float]], optimizer: torch.optim.Optimizer, clip: float) -> list[float]:
     """Backward, clip, step on the sum of loss x weight. Raises NotFinite before the step if it, or the norm, is not.
 
     terms: (loss, mask, weight), each loss a mean over the positions (or texts) in its mask. Returns the losses' values;
@@ -264,7 +264,7 @@ def step(terms: list[tuple[Tensor, Tensor, float]], optimizer: torch.optim.Optim
 
 
 # ---------------------------------------------------------------------------------------------- several processes
-# Under torchrun every process does the same, on its part of each batch (`draw`); `step` makes one step of the parts.
+# Under torchrun every process does the same on its part of each batch (`draw`); `optimize` makes the parts one step.
 
 def processes() -> tuple[int, int]:
     """(the number of this process, how many there are)."""
@@ -274,7 +274,7 @@ def processes() -> tuple[int, int]:
 @contextmanager
 def connected(device: str):
     """The processes of torchrun, if it has started this one, find each other."""
-    if several := int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if several := (int(os.environ.get("WORLD_SIZE", 1)) > 1):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         # a day's patience, because one of them may write texts or encode windows for all
@@ -298,7 +298,7 @@ def share(mask: Tensor) -> Tensor:
 
 def average(values: Tensor, mask: Tensor) -> float:
     """The mean of (B, T) values over the positions in (B, T) mask, of all processes."""
-    return total(values[mask].float().mean() * share(mask)).item() / processes()[1]
+    return (total(values[mask].float().sum()) / total(mask.sum()).clamp(min=1)).item()
 
 
 def from_first(thing):
@@ -339,15 +339,16 @@ def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
     for parameter in groups[-1] if processes()[1] > 1 and not isinstance(groups[-1][0], DTensor) else ():
         parameter.grad = total(parameter.grad) / processes()[1]  # FSDP2 sees to those that are split
     norms = [get_total_norm([p.grad for p in group]) for group in groups]
-    norm = torch.stack([whole(norm) for norm in norms]).norm()
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
     for group in groups:
         clip_grads_with_norm_(group, clip, norm)
     return norm
 
 
-def whole(value):
-    """A tensor that may be split over the processes, whole; anything else as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def whole(value: Tensor) -> Tensor:
+    """A tensor that may be split over the processes, whole; on all but the first without its content."""
+    value = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+    return value if processes()[0] == 0 else value.to("meta")
 
 
 def part_like(value, like: Tensor):

@@ -198,7 +198,7 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
 def log_probs(llm, tokenizer, pairs: list[tuple[list[int], list[int]]], batch: int = 80) -> list[Tensor]:
     """log p of each answer's tokens after its prompt, both token ids, the prompt's one at least: (length,) each."""
     found = [torch.empty(0)] * len(pairs)
-    batch = max(1, min(batch, 2048 // max(len(answer) for _, answer in pairs)))  # so many tokens' logits at once
+    batch = max(1, min(batch, 2048 // max(1, *(len(answer) for _, answer in pairs))))  # so many tokens' logits at once
     for rows in longest_first([prompt + answer for prompt, answer in pairs], batch, "likelihoods"):
         chosen = [pairs[i][0] + pairs[i][1] for i in rows]
         ids, mask, cache = read_start(llm, tokenizer, chosen, min(len(pairs[i][0]) for i in rows) - 1)
@@ -216,7 +216,7 @@ def read_start(llm, tokenizer, sequences: list[list[int]], most: int):
     (A sliding window counts the padding: where a batch's longest prompt is longer, the others see less of theirs.)
     """
     same = next((n for n, column in enumerate(zip(*sequences)) if len(set(column)) > 1), most)
-    start, cache = min(same, most), DynamicCache()
+    start, cache = max(min(same, most), 0), DynamicCache()
     rest = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")
     first = torch.tensor([sequences[0][:start]], dtype=torch.long, device=llm.device)               # (1, start)
     if start:
@@ -289,8 +289,10 @@ def answered(llm, tokenizer, rows: list[dict], batch: int) -> None:
     tokens, stops, grade = WORDS.get(rows[0]["set"], (30, STOPS, recall))
     golds = [row["answers"][0] if "answers" in row else row["answer"] for row in rows] if grade is recall else None
     said, likely = answer(llm, tokenizer, [row["prompt"] for row in rows], batch, tokens, stops, golds)
-    for row, text, *gold in zip(rows, said, *[likely] * (grade is recall)):
-        row.update({"said": text.strip()} | dict(zip(["gold"], gold)) | grade(row, text.strip()))
+    for row, text in zip(rows, map(str.strip, said)):
+        row.update({"said": text} | grade(row, text))
+    for row, gold in zip(rows, likely if golds else []):
+        row["gold"] = gold
 
 
 def recall(row: dict, said: str) -> dict:
@@ -444,7 +446,7 @@ PUBLISHED = {
 # Settings that change nothing but rounding in what a run does, and those in which the runs of a line of the table may
 # differ: means are taken over them.
 FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache", "compile")
-OWN = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
+MAY_DIFFER = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
 
 
 def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[dict]]:
@@ -474,7 +476,7 @@ def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[di
         alike = [other["settings"] for other in runs if other["method"] == run["method"]]
         varied = [f", {key.replace('_', ' ')} {Path(str(value)).name if key == 'model' else value}"
                   for key, value in run["settings"].items()
-                  if key not in OWN and any(other.get(key) != value for other in alike)]
+                  if key not in MAY_DIFFER and any(other.get(key) != value for other in alike)]
         lines.setdefault(run["target"] if by_target else run["method"] + "".join(varied), []).append(run)
     return dict(sorted(lines.items()))
 

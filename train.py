@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -46,13 +46,14 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         data.keep_freed_memory(config.device)
         with atu.connected(config.device), claimed(config) if first else nullcontext():
+            config = dataclasses.replace(atu.from_first(config), device=config.device)  # with the first one's preset
             finished = Path(config.out) / "results.json"
             if not atu.from_first(finished.exists()):
                 return 1 if run(config)["stopped"] else 0
             print(f"resumed | {config.out}: finished already")
             return 1 if json.loads(finished.read_text())["stopped"] else 0
 
-    with nullcontext() if first else redirect_stdout(open(os.devnull, "w")):
+    with open(os.devnull, "w") as nowhere, nullcontext() if first else redirect_stdout(nowhere):
         return data.command(work, "--batch, --align-batch, --length, --layer or --eval-batch; or take --checkpointing, "
                             "--cache host, --lora 8, or more devices (torchrun)",
                             "; the same command with --resume goes on")
@@ -60,18 +61,26 @@ def main(argv: list[str] | None = None) -> int:
 
 # ---------------------------------------------------------------------------------------------- options
 
-METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt")
-# What an option goes with, and whether a run reads it.
-TARGET = ("--target", lambda config: not config.target_text)
-PASSAGE = ("--target-text", lambda config: config.target_text)
-ATU = ("--method atu", lambda config: config.method == "atu")
-ATU_FULL = ("--method atu without --lora", lambda config: config.method == "atu" and not config.lora)
-ALIGNS = ("--method atu, or --recovery", lambda config: config.method == "atu" or config.recovery)
-TOKENS = ("--method ga, npo, dpo or rt (atu has --retain-weight)", lambda config: config.method in METHODS[2:])
-RATIO = ("--method npo or dpo", lambda config: config.method in ("npo", "dpo"))
-HELD = ("--retain nll or kl", lambda config: config.method == "atu" or config.retain != "none")
-TRAINS = ("a method that trains", lambda config: config.method != "icu")
-TEXTS = ("a method that trains, or --recovery", lambda config: config.method != "icu" or config.recovery)
+METHODS, TOKEN_METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt"), ("ga", "npo", "dpo", "rt")
+
+
+class Read(NamedTuple):
+    """Which runs read an option: in words, and as a question to the configuration."""
+
+    words: str
+    by: Callable
+
+
+TARGET = Read("--target", lambda config: not config.target_text)
+PASSAGE = Read("--target-text", lambda config: config.target_text)
+ATU = Read("--method atu", lambda config: config.method == "atu")
+ATU_FULL = Read("--method atu without --lora", lambda config: config.method == "atu" and not config.lora)
+ALIGNS = Read("--method atu, or --recovery", lambda config: config.method == "atu" or config.recovery)
+TOKENS = Read("--method ga, npo, dpo or rt (atu has --retain-weight)", lambda config: config.method in TOKEN_METHODS)
+RATIO = Read("--method npo or dpo", lambda config: config.method in ("npo", "dpo"))
+HELD = Read("--retain nll or kl", lambda config: config.method == "atu" or config.retain != "none")
+TRAINS = Read("a method that trains", lambda config: config.method != "icu")
+TEXTS = Read("a method that trains, or --recovery", lambda config: config.method != "icu" or config.recovery)
 
 
 def option(default, help: str, read=None, least: float = -math.inf, most: float = math.inf, among: tuple = ()):
@@ -115,8 +124,8 @@ class Config:
     realign_steps: int = option(40, "steps of realignment after each stage (Sec. 3)", ATU, 0)
     unlearn_steps: int = option(40, "steps of a stage: at most (atu, Eq. 4), exactly (others; 0: a pass)", TRAINS, 0)
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)", ATU, -1, 1)
-    inactive: float = option(0.02, "a stage ends when at most this share of positions was above tau in the last\n"
-                                   "batches, as many as a pass over the target's texts has", ATU, 0, 1)
+    inactive: float = option(0.02, "a stage ends once, over a pass's batches, at most this share of the positions is\n"
+                                   "above tau", ATU, 0, 1)
     retain_weight: float = option(10.0, "weight of the retain term (atu: ours; 0: the paper), of --retain", HELD, 0)
     retain: str = option("none", "what holds other texts: none, nll (Eq. 6), kl (Eq. 7)", TOKENS,
                          among=("none", "nll", "kl"))
@@ -128,12 +137,12 @@ class Config:
     llm_lr: float = option(3e-5, "learning rate of M", TRAINS, 0)
     head_lr: float = option(1e-3, "learning rate of E (Adam)", ALIGNS, 0)
     clip: float = option(1.0, "gradients are clipped to this norm", TEXTS, 1e-9)
-    stop_at: float = option(0.25, "the share of forget_all that ends the run when it is left; 0: never", TRAINS, 0, 1)
+    stop_at: float = option(0.25, "stop when forget_all <= this share of what it was before; 0: never", TRAINS, 0, 1)
     recovery: bool = option(True, "align a fresh head, before and after: what it finds of the concept")
     bf16: bool = option(True, "compute in bf16 (what moves stays fp32), where the CPU has bf16 instructions")
     eval_batch: int = option(80, "prompts at a time when answering", least=1)
     log_every: int = option(10, "steps between two lines of the log", least=1)
-    seed: int = option(0, "of E's weights and of the batches", least=0, most=2**63 - 1)
+    seed: int = option(0, "of E's and adapters' weights, batches and texts that M writes", least=0, most=2**63 - 1)
     device: str = option("auto", "auto, cpu or cuda")
     checkpointing: bool = option(False, "compute activations again in backward: less memory, more time", TRAINS)
     cache: str = option("device", "where all texts' hidden states are kept: device, or host (less GPU memory)", ALIGNS,
@@ -184,9 +193,10 @@ def parse(argv: list[str] | None = None) -> Config:
         parser.add_argument(dashed(item.name), default=argparse.SUPPRESS, help=explained, **kind)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
-    config = settled(given | {"preset": choose_preset(given.get("preset", "auto"), given.get("device", "auto"))})
+    device = data.choose_device(given.get("device", "auto"))
+    config = settled(given | {"preset": choose_preset(given.get("preset", "auto"), device)})
     check(config, given)
-    device, name = data.choose_device(config.device), config.target or Path(config.target_text).stem
+    name = config.target or Path(config.target_text).stem
     name = re.sub(r"[\W_]+", "-", name.casefold()).strip("-") or "run"
     return dataclasses.replace(config, device=device, bf16=config.bf16 and data.fast_dtype(device) == torch.bfloat16,
                                out=config.out or f"runs/{name}" + f"-{config.method}" * (config.method != "atu"))
@@ -197,9 +207,8 @@ def choose_preset(name: str, device: str) -> str:
     why = "asked for"
     if name == "auto":
         free = 0.0
-        if device != "cpu" and torch.cuda.is_available():
-            card = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "auto" else device
-            free = torch.cuda.mem_get_info(card)[0] / 1e9
+        if device.startswith("cuda"):
+            free = torch.cuda.mem_get_info(device)[0] / 1e9
         name = "phi3" if free >= PHI3_MEMORY else "smol"
         why = f"{free:.0f} GB of CUDA memory free, and phi3 needs {PHI3_MEMORY}"
     print(f"preset | {name}: {why}", flush=True)
@@ -238,8 +247,8 @@ def check(config: Config, given: dict) -> None:
             if isinstance(part, (int, float)) and not (least <= part <= most and math.isfinite(part)):
                 bounds = f"a finite number, at least {least:g}" + f" and at most {most:g}" * (most < math.inf)
                 raise data.BadInput(f"{dashed(item.name)} {part}: must be {bounds}")
-        if read and given.get(item.name, False) not in (False, "none") and not read[1](config):
-            raise data.BadInput(f"{dashed(item.name)}: goes with {read[0]}; leave it out")
+        if read and given.get(item.name, False) not in (False, "none") and not read.by(config):
+            raise data.BadInput(f"{dashed(item.name)}: goes with {read.words}; leave it out")
 
 
 def refuse(reasons: dict[str, Any]) -> None:
@@ -290,17 +299,17 @@ def load(config: Config) -> Work:
     target, known = (Path(config.target_text).stem, False) if passage else data.find_concept(
         root, config.target, bool(config.describe))
     check_target(target, known, config)
-    probes = read_probes(root, target, known, config)
-    about, others, answers = read_texts(root, target, known, config)
-    llm, tokenizer = load_llm(config)
+    probes = probes_for(root, target, known, config)
+    about, others, answers = texts_from_data(root, target, known, config)
+    llm, tokenizer = open_llm(config)
     if passage:
         about = data.pieces(passage, tokenizer, config.length)
     elif not known:
-        about, near = write_texts(llm, tokenizer, target, config)
+        about, near = texts_by_model(llm, tokenizer, target, config)
         others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
-    encoder = data.load_encoder(config.encoder, config.device) if ALIGNS[1](config) else None
+    encoder = data.load_encoder(config.encoder, config.device) if ALIGNS.by(config) else None
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
     concept = concept_embedding(target, about if passage else [], encoder, config) if encoder else None
     if not any(score.startswith("forget") or score == "mia_forget" for score in probes):
@@ -333,7 +342,7 @@ def check_target(target: str, known: bool, config: Config) -> None:
             f"--neighbors {target}: that is the target itself; leave it out": itself})
 
 
-def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[str, list[dict]]:
+def probes_for(root: Path, target: str, known: bool, config: Config) -> dict[str, list[dict]]:
     """RWKU's probes of a known target; own ones from --probes; for a passage itself. What is asked about the world at
     large is RWKU's in any case: the target's own or, for one that is in no dataset, that of the first target."""
     files = {"forget_text": config.target_text, "neighbor_text": config.keep_text}
@@ -346,7 +355,7 @@ def read_probes(root: Path, target: str, known: bool, config: Config) -> dict[st
     return probes | evaluate.read_probes(root, target if known else next(iter(data.targets(root))), world)
 
 
-def read_texts(root: Path, target: str, known: bool, config: Config) -> tuple[list[str], list[str], list[dict]]:
+def texts_from_data(root: Path, target: str, known: bool, config: Config) -> tuple[list[str], list[str], list[dict]]:
     """From the dataset: texts about the target, if it is `known`, texts on others, and answers for dpo and rt."""
     near = [name for name in data.targets(root) if name != target][:config.others]
     others = [row["text"] for name in near for row in data.read_set(root, name, config.corpus)[:config.other_texts]]
@@ -356,7 +365,7 @@ def read_texts(root: Path, target: str, known: bool, config: Config) -> tuple[li
     return about[:config.texts], others + data.general_texts(root), answers[:config.texts]
 
 
-def load_llm(config: Config):
+def open_llm(config: Config):
     """(llm, tokenizer), adapters added. Raises data.BadInput for a model that cannot be cut after block `layer`."""
     place = config.device if atu.processes()[1] == 1 else "cpu"  # no device has to hold it alone
     llm, tokenizer = data.load_llm(config.model, place, "auto" if config.bf16 else torch.float32)
@@ -364,7 +373,7 @@ def load_llm(config: Config):
     if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
         raise data.BadInput(f"--model {config.model}: {type(llm).__name__} has no decoder with .layers and .norm; "
                             "take one of Llama's or Phi-3's kind")
-    if ALIGNS[1](config) and config.layer > blocks:
+    if ALIGNS.by(config) and config.layer > blocks:
         raise data.BadInput(f"--layer {config.layer}: {config.model} has the blocks 1 to {blocks}")
     if config.lora > llm.config.hidden_size:
         raise data.BadInput(f"--lora {config.lora}: no rank is above {config.model}'s width, {llm.config.hidden_size}")
@@ -374,7 +383,8 @@ def load_llm(config: Config):
 
 
 def add_adapters(llm, config: Config):
-    """LoRA with RWKU's settings: alpha twice the rank, on the queries and values of the blocks that move."""
+    """LoRA with RWKU's settings: alpha twice the rank, on queries and values (with the keys where these share a matrix)
+    of the blocks that move."""
     from peft import LoraConfig, get_peft_model
     names = {name.rsplit(".", 1)[-1] for name, _ in llm.named_modules()}
     blocks = config.layer if config.method == "atu" else llm.config.num_hidden_layers
@@ -385,7 +395,7 @@ def add_adapters(llm, config: Config):
             target_modules=["q_proj", "v_proj"] if "q_proj" in names else ["qkv_proj"]))
 
 
-def write_texts(llm, tokenizer, target: str, config: Config) -> tuple[list[str], list[str]]:
+def texts_by_model(llm, tokenizer, target: str, config: Config) -> tuple[list[str], list[str]]:
     """(texts on a concept in no dataset, texts on its neighbors), by the model itself. Raises data.BadInput."""
     intro = f"{target} is {config.describe}." if config.describe else ""
     kind = config.corpus.removesuffix("_phi")
@@ -498,7 +508,8 @@ def recover(work: Work, config: Config, hidden: Tensor | None = None) -> dict:
 
 
 def measure(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]:
-    """evaluate.evaluate, and the `seconds` that it took. Several processes ask all of the split model, in step."""
+    """evaluate.evaluate, and the `seconds` that it took. Several processes ask everything of the split model, in step:
+    that rests on their computing the same answers from the same weights."""
     began = time.perf_counter()
     with atu.autocast(work.llm, config) if atu.processes()[1] > 1 else nullcontext():
         scores, asked = evaluate.evaluate(work.llm, work.tokenizer, work.probes, config.eval_batch, ask_first,
@@ -586,16 +597,17 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
         for n in range(count):
             rows = atu.draw(forgotten, config.batch, state.step, config.seed)                   # (B,)
             texts = [(ids[rows].to(device), mask[rows].to(device)) for ids, mask in forget]     # (B, T) each
-            known = [logp[rows].to(device) for logp in reference]                               # (B,) each
-            loss = token_loss([(logits(llm, ids, config), ids, mask) for ids, mask in texts], known, config)
-            mask = texts[0][1].any(1) if reference else texts[0][1][:, 1:]  # the loss is a mean over texts, or tokens
-            terms = [(loss, mask, 1)]
+            before = [logp[rows].to(device) for logp in reference]                              # (B,) each
+            loss = token_loss([(logits(llm, ids, config), ids, mask) for ids, mask in texts], before, config)
+            # npo and dpo are means over texts, ga and rt over tokens
+            counted = texts[0][1].any(1) if reference else texts[0][1][:, 1:]
+            terms = [(loss, counted, 1)]
 
             if config.retain != "none":
                 held = atu.draw(others, config.batch, state.step, config.seed)                  # (B,)
                 ids, mask = corpus.input_ids[held].to(device), corpus.mask[held].to(device)     # (B, T) each
                 terms.append((token_retain_loss(llm, frozen, ids, mask, config), mask[:, 1:], config.retain_weight))
-            values = atu.step(terms, state.llm_optimizer, config.clip)
+            values = atu.optimize(terms, state.llm_optimizer, config.clip)
             schedule.step()
 
             state.step += 1
@@ -672,12 +684,15 @@ def claimed(config: Config):
             check_resume(out, config)
         yield
     finally:
-        if unused and not any(file.exists() for file in (out / CHECKPOINT, out / "model", out / "results.json")):
-            for file in out.iterdir():
+        nothing = not any(file.exists() for file in (out / CHECKPOINT, out / "model", out / "results.json"))
+        if unused and nothing:
+            for file in [file for file in out.iterdir() if file.name != ".lock"]:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
+        lock.release()
+        if unused and nothing:
+            (out / ".lock").unlink(missing_ok=True)
             if new:
                 out.rmdir()
-        lock.release()
 
 
 def check_resume(out: Path, config: Config) -> None:
@@ -711,10 +726,11 @@ def texts_hash(work: Work) -> str:
 
 def save_checkpoint(out: Path, work: Work, state: atu.State, found: dict) -> None:
     """The end of a stage in one file, whole and on the disk, or the one that was there. Raises data.BadInput."""
-    tensors = {name: {key: atu.whole(value).detach() for key, value in
+    first = atu.processes()[0] == 0
+    tensors = {name: {key: atu.whole(value).cpu() if first else atu.whole(value) for key, value in
                       ({"value": parameter} | optimizer.state.get(parameter, {})).items() if value is not None}
                for name, (parameter, optimizer) in learners(state).items()}
-    if atu.processes()[0] > 0:
+    if not first:
         return
     partial = out / ".checkpoint"
     try:
@@ -738,15 +754,18 @@ def load_checkpoint(out: Path, work: Work, state: atu.State) -> dict | None:
     if not file.exists():
         return None
     try:
-        if other := zipfile.ZipFile(file).testzip():
-            raise ValueError(f"the checksum of {other} is another")
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(file) as archive:
+            if other := archive.testzip():
+                raise ValueError(f"the checksum of {other} is another")
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # whatever a damaged archive comes to
         raise data.BadInput(f"{file}: damaged checkpoint ({error}); delete it to begin again") from error
     if saved["texts"] != texts_hash(work):
         raise data.BadInput(f"{file}: texts, probes or the tokenizer have changed since; name another --out")
     for name, (parameter, optimizer) in learners(state).items():
-        values = {key: atu.part_like(value, parameter).to(parameter.device)
+        values = {key: atu.part_like(value, parameter).to(parameter.device, copy=True)
                   for key, value in saved["tensors"][name].items()}
         parameter.data.copy_(values.pop("value"))
         if values:
@@ -757,16 +776,17 @@ def load_checkpoint(out: Path, work: Work, state: atu.State) -> dict | None:
 
 
 def save(out: Path, work: Work, state: atu.State, config: Config) -> None:
-    """model/ (none from icu; what moved in fp32, the rest as in its file, adapters merged into it) and head.safetensors
-    (atu), each whole or not at all. Of several processes the first reads the file again, for what has moved."""
-    llm = state.llm
-    weights = {name: atu.whole(value.detach()).cpu() for name, value in llm.named_parameters()} if (
-        atu.processes()[1] > 1) else {}
-    if atu.processes()[0] > 0:
+    """model/ (none from icu; what moved and the embedding in fp32, the rest as in its file, adapters merged into it)
+    and head.safetensors (atu), each whole or not at all. Of several processes the first puts the weights into the
+    model's file as it reads it again."""
+    llm, weights, (number, count) = state.llm, {}, atu.processes()
+    for name, value in llm.named_parameters() if count > 1 else ():
+        weights[name] = atu.whole(value).cpu() if number == 0 else atu.whole(value)
+    if number > 0:
         return
     if config.method != "icu":
         if weights:
-            llm, _ = load_llm(config)
+            llm, _ = open_llm(config)
             llm.load_state_dict(weights, strict=False, assign=True)
             llm.tie_weights()
         partial = out / ".model"
@@ -845,8 +865,10 @@ def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
     shown = [(kind, i) for kind in ("forget_text", "neighbor_text") for i in places[kind]]
     if not all(places[name] for name in ("forget_qa", "forget_aa", "neighbor_qa")):
         return shown
-    known = sorted(places["forget_qa"], key=lambda i: (before[i]["score"], before[i]["gold"]))
-    for i in list({before[i]["answers"][0]: i for i in known}.values())[-count:]:  # different answers, best known last
+    best = {}  # of each answer the question that is known best
+    for i in sorted(places["forget_qa"], key=lambda i: (before[i]["score"], before[i]["gold"]), reverse=True):
+        best.setdefault(before[i]["answers"][0], i)
+    for i in list(best.values())[:count]:
         def likeness(j: int) -> tuple:
             return before[j]["score"] >= 0.5, len(words(i) & words(j))
 

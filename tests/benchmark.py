@@ -189,7 +189,7 @@ def straightforward_alignment(state, corpus, encoder, tokenizer, config) -> None
     with atu.autocast(state.llm, config):
         predicted = state.head(hidden).float()[:, :windows.shape[1]]                     # (B, T - k, E)
     mask = torch.ones(predicted.shape[:2], dtype=torch.bool, device=ids.device)
-    atu.step([(losses.alignment_loss(predicted, reference, mask), mask, 1)], state.head_optimizer, config.clip)
+    atu.optimize([(losses.alignment_loss(predicted, reference, mask), mask, 1)], state.head_optimizer, config.clip)
 
 
 def straightforward_unlearning(state, concept, corpus, config) -> None:
@@ -201,7 +201,7 @@ def straightforward_unlearning(state, concept, corpus, config) -> None:
     with atu.autocast(state.llm, config):
         hidden = state.llm(ids, output_hidden_states=True, use_cache=False).hidden_states[config.layer]
         predicted = state.head(hidden).float()
-    atu.step([(losses.unlearning_loss(predicted, concept, mask, -1.0), mask, 1)], state.llm_optimizer, config.clip)
+    atu.optimize([(losses.unlearning_loss(predicted, concept, mask, -1.0), mask, 1)], state.llm_optimizer, config.clip)
 
 
 def in_turn(works: dict, device: str, least: float) -> dict[str, list[float]]:

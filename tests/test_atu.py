@@ -223,3 +223,11 @@ def test_every_pass_over_the_texts_takes_each_once(count, batch, seed):
     assert max(sizes) <= batch and max(sizes) - min(sizes) <= 1
     assert count < 4 or len({str(one) for one in batches}) > 1
     assert count < 6 or atu.draw(texts, count, 0, seed).tolist() != atu.draw(texts, count, 0, seed, 1).tolist()
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.data())
+def test_an_average_is_that_of_the_masked_positions_and_0_where_there_are_none(B, T, data):
+    values = torch.tensor(data.draw(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=T, max_size=T), min_size=B, max_size=B)))
+    mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=T, max_size=T), min_size=B, max_size=B)))
+    chosen = [v for row, kept in zip(values.tolist(), mask.tolist()) for v, k in zip(row, kept) if k]
+    assert atu.average(values, mask) == pytest.approx(sum(chosen) / max(len(chosen), 1), abs=1e-5)

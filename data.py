@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import contextmanager
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from functools import cache
 from pathlib import Path
@@ -327,9 +328,18 @@ def write_json(file: Path, content) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """A text file, written whole or not at all."""
+    with written_whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(file: Path):
+    """A path beside `file` to write to: it takes that name once all of it is on the disk, or nothing is left of it."""
     partial = file.with_name(f".{file.name}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
+        with open(partial, "rb+") as written:
+            os.fsync(written.fileno())
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -409,9 +419,8 @@ def embed(texts: list[str], encoder) -> Tensor:
                                                         enabled=fast == torch.bfloat16):
                 table = encoder.encode(texts, batch_size=256, normalize_embeddings=True, convert_to_tensor=True,
                                        show_progress_bar=None if len(texts) > 1000 else False).float().cpu()
-            partial = file.with_suffix(".part")
-            save_file({"embeddings": table.contiguous()}, partial)
-            partial.replace(file)
+            with written_whole(file) as partial:
+                save_file({"embeddings": table.contiguous()}, partial)
     try:
         return load_file(file)["embeddings"]
     except SafetensorError as error:

@@ -601,9 +601,8 @@ def plot(file: Path, panels: list[dict]) -> None:
         axis.grid(alpha=0.3)
         if panel["lines"] and (after is None or after["lines"].keys() != panel["lines"].keys()):
             axis.legend(fontsize=8)  # one for panels of the same lines
-    partial = file.with_name(f".{file.name}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(file)
+    with data.written_whole(file) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 # ---------------------------------------------------------------------------------------------- the command

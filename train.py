@@ -732,16 +732,11 @@ def save_checkpoint(out: Path, work: Work, state: atu.State, found: dict) -> Non
                for name, (parameter, optimizer) in learners(state).items()}
     if not first:
         return
-    partial = out / ".checkpoint"
     try:
-        with open(partial, "wb") as opened:
+        with data.written_whole(out / CHECKPOINT) as partial:
             torch.save({"tensors": tensors, "stage": state.stage, "step": state.step, "found": found,
-                        "texts": texts_hash(work)}, opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(out / CHECKPOINT)
+                        "texts": texts_hash(work)}, partial)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         last = "the last one is whole: " if (out / CHECKPOINT).exists() else ""
         raise data.BadInput(f"{out / CHECKPOINT}: cannot be written ({error}); {last}make room, and go on with --resume"
                             ) from error
@@ -795,8 +790,8 @@ def save(out: Path, work: Work, state: atu.State, config: Config) -> None:
         shutil.rmtree(out / "model", ignore_errors=True)  # of a run that was cut off here
         partial.rename(out / "model")
     if state.head is not None:
-        save_file({name: value.contiguous() for name, value in state.head.state_dict().items()}, out / ".head")
-        (out / ".head").rename(out / "head.safetensors")
+        with data.written_whole(out / "head.safetensors") as partial:
+            save_file({name: value.contiguous() for name, value in state.head.state_dict().items()}, partial)
 
 
 def write_log(out: Path, records: list[dict], mode: str) -> None:

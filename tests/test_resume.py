@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(words, tmp_path, 
     def full(saved, file):
         calls.append(1)
         if len(calls) == 2:
-            file.write(b"half")
+            file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         real(saved, file)
 

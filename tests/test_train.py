@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_line(arguments, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "save", no_room)
     assert train.main([*arguments(), *SMALL]) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
-    monkeypatch.setattr(torch, "save", lambda saved, file: file.write(b"x"))
+    monkeypatch.setattr(torch, "save", lambda saved, file: file.write_bytes(b"x"))
     monkeypatch.setattr(train, "save_file", no_room)
     assert train.main([*arguments(), *SMALL]) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]

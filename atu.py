@@ -346,9 +346,9 @@ def clip_gradients(parameters: list[nn.Parameter], clip: float) -> Tensor:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor that may be split over the processes, whole; on all but the first without its content."""
+    """A tensor that may be split over the processes, whole, in the host's memory; on all but the first no content."""
     value = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
-    return value if processes()[0] == 0 else value.to("meta")
+    return value.to("cpu" if processes()[0] == 0 else "meta")
 
 
 def part_like(value, like: Tensor):

@@ -726,11 +726,10 @@ def texts_hash(work: Work) -> str:
 
 def save_checkpoint(out: Path, work: Work, state: atu.State, found: dict) -> None:
     """The end of a stage in one file, whole and on the disk, or the one that was there. Raises data.BadInput."""
-    first = atu.processes()[0] == 0
-    tensors = {name: {key: atu.whole(value).cpu() if first else atu.whole(value) for key, value in
+    tensors = {name: {key: atu.whole(value) for key, value in
                       ({"value": parameter} | optimizer.state.get(parameter, {})).items() if value is not None}
                for name, (parameter, optimizer) in learners(state).items()}
-    if not first:
+    if atu.processes()[0] > 0:
         return
     try:
         with data.written_whole(out / CHECKPOINT) as partial:
@@ -774,9 +773,8 @@ def save(out: Path, work: Work, state: atu.State, config: Config) -> None:
     """model/ (none from icu; what moved and the embedding in fp32, the rest as in its file, adapters merged into it)
     and head.safetensors (atu), each whole or not at all. Of several processes the first puts the weights into the
     model's file as it reads it again."""
-    llm, weights, (number, count) = state.llm, {}, atu.processes()
-    for name, value in llm.named_parameters() if count > 1 else ():
-        weights[name] = atu.whole(value).cpu() if number == 0 else atu.whole(value)
+    llm, (number, count) = state.llm, atu.processes()
+    weights = {name: atu.whole(value) for name, value in llm.named_parameters()} if count > 1 else {}
     if number > 0:
         return
     if config.method != "icu":

@@ -281,6 +281,7 @@ def connected(device: str):
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
     yield
     if several:
+        dist.barrier()  # a process that left while its last exchange is being cleared away could abort
         dist.destroy_process_group()  # not after an error: the others may be waiting, until torchrun ends them
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import Cache, DynamicLayer
 
 import data
 
@@ -194,6 +194,25 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
     return [tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in zip(said, lengths)], likely
 
 
+class RoomyLayer(DynamicLayer):
+    """A block's keys and values, each (B, heads, length, width), in tensors with room for 64 more tokens: a new token
+    does not copy all that is there. (As long as the text in models with a sliding window too: their mask sees to it.)
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+            self.room = self.keys, self.values
+        begin, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if self.room[0].data_ptr() != self.keys.data_ptr() or self.room[0].shape[-2] < end:
+            self.room = [pad(kept, (0, 0, 0, end + 64 - begin)) for kept in (self.keys, self.values)]
+        for room, states in zip(self.room, (key_states, value_states)):
+            room[..., begin:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+
 @torch.no_grad()
 def log_probs(llm, tokenizer, pairs: list[tuple[list[int], list[int]]], batch: int = 80) -> list[Tensor]:
     """log p of each answer's tokens after its prompt, both token ids, the prompt's one at least: (length,) each."""
@@ -216,7 +235,7 @@ def read_start(llm, tokenizer, sequences: list[list[int]], most: int):
     (A sliding window counts the padding: where a batch's longest prompt is longer, the others see less of theirs.)
     """
     same = next((n for n, column in enumerate(zip(*sequences)) if len(set(column)) > 1), most)
-    start, cache = max(min(same, most), 0), DynamicCache()
+    start, cache = max(min(same, most), 0), Cache(layer_class_to_replicate=RoomyLayer)
     rest = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")
     first = torch.tensor([sequences[0][:start]], dtype=torch.long, device=llm.device)               # (1, start)
     if start:

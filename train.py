@@ -30,6 +30,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 import atu
@@ -75,12 +76,10 @@ TARGET = Read("--target", lambda config: not config.target_text)
 PASSAGE = Read("--target-text", lambda config: config.target_text)
 ATU = Read("--method atu", lambda config: config.method == "atu")
 ATU_FULL = Read("--method atu without --lora", lambda config: config.method == "atu" and not config.lora)
-ALIGNS = Read("--method atu, or --recovery", lambda config: config.method == "atu" or config.recovery)
 TOKENS = Read("--method ga, npo, dpo or rt (atu has --retain-weight)", lambda config: config.method in TOKEN_METHODS)
 RATIO = Read("--method npo or dpo", lambda config: config.method in ("npo", "dpo"))
 HELD = Read("--retain nll or kl", lambda config: config.method == "atu" or config.retain != "none")
 TRAINS = Read("a method that trains", lambda config: config.method != "icu")
-TEXTS = Read("a method that trains, or --recovery", lambda config: config.method != "icu" or config.recovery)
 
 
 def option(default, help: str, read=None, least: float = -math.inf, most: float = math.inf, among: tuple = ()):
@@ -103,24 +102,25 @@ class Config:
                          among=("auto", "smol", "phi3"))
     method: str = option("atu", "atu, or a row of Table 1: icu, ga, npo, dpo, rt", among=METHODS)
     model: str = option("smollm2-135m-instruct", "M: a packaged model, a local folder or a hub id")
-    encoder: str = option("all-minilm-l6-v2", "the frozen text encoder: likewise", ALIGNS)
+    encoder: str = option("all-minilm-l6-v2", "the frozen text encoder: likewise", ATU)
     rwku: str = option("sample", "sample, hub, or a folder with RWKU's files")
     corpus: str = option("positive", "RWKU's file of forget texts (GA*: passage); dpo and rt read pair and reject,\n"
-                         "with positive_phi pair_phi and reject_phi", TEXTS,
+                         "with positive_phi pair_phi and reject_phi", TRAINS,
                          among=("positive", "positive_phi", "passage"))
     sets: tuple[str, ...] = option(evaluate.DEFAULT_SETS, "what is scored", among=tuple(evaluate.SETS))
-    others: int = option(5, "other targets whose texts are taken, to align E on and to retain", TEXTS, 0)
-    texts: int = option(32, "the target's texts at most", TEXTS, 1)
-    other_texts: int = option(12, "texts of each other target at most", TEXTS, 1)
-    length: int = option(96, "T: tokens of a text", TEXTS, 2)
-    window: int = option(8, "k: tokens in a future window", ALIGNS, 1)
-    layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move", ALIGNS, 1)
+    others: int = option(5, "other targets whose texts are taken, to align E on and to retain", TRAINS, 0)
+    texts: int = option(32, "the target's texts at most", TRAINS, 1)
+    other_texts: int = option(12, "texts of each other target at most", TRAINS, 1)
+    general_texts: int = option(100, "texts on the world at large at most (RWKU has none)", TRAINS, 0)
+    length: int = option(96, "T: tokens of a text", TRAINS, 2)
+    window: int = option(8, "k: tokens in a future window", ATU, 1)
+    layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move", ATU, 1)
     train_embeddings: bool = option(False, "move the input embedding too (the paper's theta_M)", ATU_FULL)
-    head_depth: int = option(2, "blocks of E", ALIGNS, 1)
-    head_width: int = option(256, "width of E, a multiple of its 8 heads", ALIGNS, 8)
-    batch: int = option(8, "texts in a batch of unlearning (and as many for the retain term)", TEXTS, 1)
-    align_batch: int = option(16, "texts in a batch of alignment", ALIGNS, 1)
-    align_steps: int = option(400, "steps of the first alignment (Eq. 2)", ALIGNS, 1)
+    head_depth: int = option(2, "blocks of E", ATU, 1)
+    head_width: int = option(256, "width of E, a multiple of its 8 heads", ATU, 8)
+    batch: int = option(8, "texts in a batch of unlearning (and as many for the retain term)", TRAINS, 1)
+    align_batch: int = option(16, "texts in a batch of alignment", ATU, 1)
+    align_steps: int = option(400, "steps of the first alignment (Eq. 2)", ATU, 1)
     realign_steps: int = option(40, "steps of realignment after each stage (Sec. 3)", ATU, 0)
     unlearn_steps: int = option(40, "steps of a stage: at most (atu, Eq. 4), exactly (others; 0: a pass)", TRAINS, 0)
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)", ATU, -1, 1)
@@ -135,17 +135,16 @@ class Config:
     lora: int = option(0, "rank of LoRA adapters, which then move alone; 0: none", TRAINS, 0)
     optimizer: str = option("adamw", "M's: adamw or sgd", TRAINS, among=("adamw", "sgd"))
     llm_lr: float = option(3e-5, "learning rate of M", TRAINS, 0)
-    head_lr: float = option(1e-3, "learning rate of E (Adam)", ALIGNS, 0)
-    clip: float = option(1.0, "gradients are clipped to this norm", TEXTS, 1e-9)
+    head_lr: float = option(1e-3, "learning rate of E (Adam)", ATU, 0)
+    clip: float = option(1.0, "gradients are clipped to this norm", TRAINS, 1e-9)
     stop_at: float = option(0.25, "stop when forget_all <= this share of what it was before; 0: never", TRAINS, 0, 1)
-    recovery: bool = option(True, "align a fresh head, before and after: what it finds of the concept")
     bf16: bool = option(True, "compute in bf16 (what moves stays fp32), where the CPU has bf16 instructions")
     eval_batch: int = option(80, "prompts at a time when answering", least=1)
     log_every: int = option(10, "steps between two lines of the log", least=1)
     seed: int = option(0, "of E's and adapters' weights, batches and texts that M writes", least=0, most=2**63 - 1)
     device: str = option("auto", "auto, cpu or cuda")
     checkpointing: bool = option(False, "compute activations again in backward: less memory, more time", TRAINS)
-    cache: str = option("device", "where all texts' hidden states are kept: device, or host (less GPU memory)", ALIGNS,
+    cache: str = option("device", "where all texts' hidden states are kept: device, or host (less GPU memory)", ATU,
                         among=("device", "host"))
     compile: bool = option(False, "compile M's blocks (torch.compile): pays in long runs", TRAINS)
     resume: bool = option(False, "go on after the last whole stage of the run in --out, or begin it")
@@ -288,8 +287,9 @@ class Work(NamedTuple):
     tokenizer: Any
     probes: dict[str, list[dict]]
     corpus: data.Corpus
-    concept: Tensor | None               # (E,) e_unlearn; None where no head is aligned
+    concept: Tensor | None               # (E,) e_unlearn; None for the other methods
     forget: list[tuple[Tensor, Tensor]]  # what the methods on tokens forget: token ids and mask, (N, T); two in dpo
+    embedding_seconds: float
 
 
 def load(config: Config) -> Work:
@@ -309,8 +309,10 @@ def load(config: Config) -> Work:
         others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
-    encoder = data.load_encoder(config.encoder, config.device) if ALIGNS.by(config) else None
+    encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
+    began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
+    embedding_seconds = time.perf_counter() - began
     concept = concept_embedding(target, about if passage else [], encoder, config) if encoder else None
     if not any(score.startswith("forget") or score == "mia_forget" for score in probes):
         print("data | no forget probes, so forgetting has no accuracy, and all stages run; mia is the loss x 100 on "
@@ -319,7 +321,8 @@ def load(config: Config) -> Work:
         probes = {score: [{"text": text} for text in texts] for score, texts in own.items()} | probes
     print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
           f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
-    return Work(target, llm, tokenizer, probes, corpus, concept, forget_texts(corpus, answers, tokenizer, config))
+    return Work(target, llm, tokenizer, probes, corpus, concept, forget_texts(corpus, answers, tokenizer, config),
+                embedding_seconds)
 
 
 def concept_embedding(target: str, passage: list[str], encoder, config: Config) -> Tensor:
@@ -362,7 +365,7 @@ def texts_from_data(root: Path, target: str, known: bool, config: Config) -> tup
     kind = {"dpo": "pair", "rt": "reject"}.get(config.method)
     answers = data.read_set(root, target, kind + "_phi" * (config.corpus == "positive_phi")) if kind else []
     about = [row["text"] for row in data.read_set(root, target, config.corpus)] if known else []
-    return about[:config.texts], others + data.general_texts(root), answers[:config.texts]
+    return about[:config.texts], others + data.general_texts(root)[:config.general_texts], answers[:config.texts]
 
 
 def open_llm(config: Config):
@@ -373,7 +376,7 @@ def open_llm(config: Config):
     if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
         raise data.BadInput(f"--model {config.model}: {type(llm).__name__} has no decoder with .layers and .norm; "
                             "take one of Llama's or Phi-3's kind")
-    if ALIGNS.by(config) and config.layer > blocks:
+    if config.method == "atu" and config.layer > blocks:
         raise data.BadInput(f"--layer {config.layer}: {config.model} has the blocks 1 to {blocks}")
     if config.lora > llm.config.hidden_size:
         raise data.BadInput(f"--lora {config.lora}: no rank is above {config.model}'s width, {llm.config.hidden_size}")
@@ -436,18 +439,19 @@ def run(config: Config) -> dict:
     if not found:
         before, asked = measure(work, "", config)
         print(evaluate.scores_table({"before": before}), flush=True)
-        untouched = recover(work, config) if config.method != "atu" else {}
-        found = {"before": before, "asked_before": asked, "after": before, "asked_after": asked, "untouched": untouched,
-                 "stages": [], "log": [], "seconds": 0.0}
+        found = {"before": before, "asked_before": asked, "after": before, "asked_after": asked, "stages": [], "log": [],
+                 "seconds": 0.0}
     began -= found["seconds"]
     write_log(out, found["log"], "w")
     try:
         for record in () if enough(found, config) else records:
             found["log"].append(record)
             write_log(out, [record], "a")
-            print(line(record), flush=True)
+            with tqdm.external_write_mode():  # a bar makes room
+                print(line(record), flush=True)
             if record["kind"] == "stage":
-                end_stage(record, work, state, found, config)
+                if record["stage"]:  # the first alignment leaves M as it was
+                    end_stage(record, work, found, config)
                 found["seconds"] = time.perf_counter() - began
                 save_checkpoint(out, work, state, found)
                 if enough(found, config):
@@ -478,12 +482,8 @@ def recompute_in_blocks(llm, config: Config) -> None:
         block.training = config.checkpointing
 
 
-def end_stage(record: dict, work: Work, state: atu.State, found: dict, config: Config) -> None:
+def end_stage(record: dict, work: Work, found: dict, config: Config) -> None:
     """Scores after a stage."""
-    if record["stage"] == 0:
-        # the first alignment is what `recover` does
-        found["untouched"] = {key: value for key, value in record.items() if key.startswith("similarity")}
-        return
     ask_first = evaluate.ICU.format(subject=work.target) if config.method == "icu" else ""
     found["after"], found["asked_after"] = measure(work, ask_first, config)
     found["stages"].append(found["after"] | {"record": record})
@@ -496,15 +496,6 @@ def enough(found: dict, config: Config) -> bool:
         return False
     before = found["before"].get("forget_all")
     return found["after"]["forget_all"] / before <= config.stop_at if before else config.stop_at == 1
-
-
-def recover(work: Work, config: Config, hidden: Tensor | None = None) -> dict:
-    """`atu.recovery` of the model as it is now; empty with --no-recovery, and where the head's loss is not finite."""
-    try:
-        return atu.recovery(work.llm, work.concept, work.corpus, config, hidden) if config.recovery else {}
-    except atu.NotFinite as error:
-        print(f"recovery | not measured: {error}", flush=True)
-        return {}
 
 
 def measure(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]:
@@ -521,22 +512,16 @@ def measure(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict
 def finish(out: Path, work: Work, state: atu.State, found: dict, stopped: str | None, began: float,
            config: Config) -> dict:
     """Everything that a run leaves behind. Returns what results.json holds."""
-    stages = found["stages"]
-    recovered = {}
     if stopped:
         found["after"], found["asked_after"] = measure(work, "", config)
-    elif stages:
-        recovered = found["untouched"] if config.method == "icu" else recover(work, config, state.hidden)
     packages = ("torch", "transformers", "sentence-transformers")
     named = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.processor()
     results = {"target": work.target, "settings": dataclasses.asdict(config),
                "versions": {name: version(name) for name in packages} | {
                    "python": platform.python_version(), "device": named or platform.machine(),
                    "threads": torch.get_num_threads()},
-               "before": found["before"], "stages": stages, "after": found["after"],
-               "recovery": {key: {"untouched": found["untouched"][key], "unlearned": recovered[key]}
-                            for key in recovered if key in found["untouched"]},
-               "stopped": stopped, "seconds": time.perf_counter() - began}
+               "before": found["before"], "stages": found["stages"], "after": found["after"], "stopped": stopped,
+               "phases": phases(found, work.embedding_seconds), "seconds": time.perf_counter() - began}
     save(out, work, state, config)
     if atu.processes()[0] == 0:
         evaluate.plot(out / "curves.png", panels(found))
@@ -594,7 +579,7 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
                                                last_epoch=state.step - 1)
     for stage in range(state.stage, config.stages + 1):
         began = time.perf_counter()
-        for n in range(count):
+        for n in data.progress(range(count), "unlearning"):
             rows = atu.draw(forgotten, config.batch, state.step, config.seed)                   # (B,)
             texts = [(ids[rows].to(device), mask[rows].to(device)) for ids, mask in forget]     # (B, T) each
             before = [logp[rows].to(device) for logp in reference]                              # (B,) each
@@ -764,7 +749,7 @@ def load_checkpoint(out: Path, work: Work, state: atu.State) -> dict | None:
         parameter.data.copy_(values.pop("value"))
         if values:
             optimizer.state[parameter] = values
-    state.stage, state.step, state.hidden = saved["stage"], saved["step"], None  # those were the untouched model's
+    state.stage, state.step = saved["stage"], saved["step"]
     print(f"resumed | stage {state.stage} | step {state.step} | {saved['found']['seconds']:.0f} s so far", flush=True)
     return saved["found"]
 
@@ -790,6 +775,15 @@ def save(out: Path, work: Work, state: atu.State, config: Config) -> None:
     if state.head is not None:
         with data.written_whole(out / "head.safetensors") as partial:
             save_file({name: value.contiguous() for name, value in state.head.state_dict().items()}, partial)
+
+
+def phases(found: dict, embedding_seconds: float) -> dict[str, float]:
+    """Where a run's seconds went; the rest of them are reading and saving."""
+    stages = [record for record in found["log"] if record["kind"] == "stage"]
+    aligning = sum(record.get("align_seconds", 0) for record in stages)
+    return {"embedding windows": embedding_seconds, "aligning": aligning,
+            "unlearning": sum(record["seconds"] for record in stages) - aligning,
+            "scoring": sum(scores["seconds"] for scores in (found["before"], *found["stages"]))}
 
 
 def write_log(out: Path, records: list[dict], mode: str) -> None:
@@ -834,18 +828,16 @@ def panels(found: dict) -> list[dict]:
 
 
 def report(results: dict, found: dict, out: Path) -> None:
-    """The end of the log: the table, recovery, and the questions of Fig. 1 before and after."""
+    """The end of the log: the table, and the questions of Fig. 1 before and after."""
     rows = {"before": results["before"]} | {stage_name(stage["record"]): stage for stage in results["stages"]}
     print("\n" + evaluate.scores_table(rows | {"after": results["after"]}))
-    for key, value in results["recovery"].items():
-        print(f"recovery | {key} | fresh head on the untouched model {value['untouched']:.3f} | "
-              f"on the unlearned one {value['unlearned']:.3f}")
     before, after = found["asked_before"], found["asked_after"]
     for kind, i in illustrations(before):
         said = [" ".join(asked[i]["said"].split()) for asked in (before, after)]
         print(f"{kind}\n  Q: {before[i].get('query') or before[i]['prompt']}\n  before: {said[0]}\n  after:  {said[1]}")
     files = ", ".join(sorted(file.name for file in out.iterdir() if not file.name.startswith(".")))
-    print(f"\nsaved | {out}: {files} | {results['seconds']:.0f} s")
+    spent = " | ".join(f"{phase} {seconds:.0f}" for phase, seconds in results["phases"].items())
+    print(f"\ntime | {results['seconds']:.0f} s, of them {spent}\nsaved | {out}: {files}")
 
 
 def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:

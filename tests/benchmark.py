@@ -1,6 +1,8 @@
 """How near the work of a run comes to what this machine can do, and how far from the straightforward way of doing it.
 
-    python tests/benchmark.py [--shape smol|phi3] [--device cpu|cuda] [--compile] [--memory]
+    python tests/benchmark.py [--shape smol|phi3] [--device cpu|cuda] [--compile]
+    python tests/benchmark.py --run runs/warren-buffett        where a finished run's seconds went, beside their floors
+    python tests/benchmark.py --memory [--device cuda]         peak memory of an unlearning step, measured or simulated
 
 Random weights of the preset's shape, so nothing is downloaded. For an alignment step (Eq. 2), an unlearning step (Eq. 4)
 and a batch of answers it prints the time measured, and its floor: the sum over all operations that cannot be left out of
@@ -8,14 +10,15 @@ the larger of two times, that of the arithmetic at the matrix rate measured here
 bytes at the copy rate. The straightforward loop, which is here alone, runs the whole model with all its hidden states
 and the encoder on every window, and caches nothing; both loops run on batches of the same shape, in turn, in this
 process. From the steps' times it projects the preset's schedule without early stops, ours with the two caches that its
-alignment steps rest on (hidden states once a round, windows' embeddings once), of a corpus of --texts. Scores and
-recovery are in neither. --memory: peak memory of a GPU in an unlearning step, by layer, optimizer, adapters, and
-activations kept or not.
+alignment steps rest on (hidden states once a round, windows' embeddings once), of a corpus of --texts. Scores are in neither.
+--memory: by layer, optimizer, adapters, and activations kept or not; without a GPU PyTorch's memory tracker counts the
+same step on tensors without content.
 """
 
 import argparse
 import copy
 import dataclasses
+import json
 import statistics
 import sys
 import tempfile
@@ -28,6 +31,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch._subclasses import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import atu
@@ -134,6 +139,25 @@ class Floor:
         self.attention(batch, 8, length, width // 8, bool(backward), depth)
         self.touch(depth * tokens * (2 * 2 + 2 * 4 + 2 * 3) * width * torch.finfo(self.dtype).bits // 8
                    * (3 if backward else 1))
+
+    def encoder(self, config, texts: int, length: int) -> None:
+        """The frozen encoder on texts of so many tokens: attention with all heads, a feed-forward layer, two norms."""
+        D, F, tokens = config.hidden_size, config.intermediate_size, texts * length
+        parts = -(-tokens // 3072)  # as many tokens at a time as `data.embed` takes, or about that
+        for inputs, outputs in ((D, 3 * D), (D, D), (D, F), (F, D)):
+            self.product(tokens // parts, inputs, outputs, times=config.num_hidden_layers * parts)
+        self.touch(config.num_hidden_layers * tokens * (2 * 2 * D + 2 * F + 3 * D) * torch.finfo(self.dtype).bits // 8)
+
+    def answers(self, shape, lengths: list[list[int]]) -> None:
+        """Questions (prompt, gold, said: tokens of each), all at once: read without padding, then token by token."""
+        prompts, golds, said = zip(*lengths)
+        read = sum(prompts) + sum(golds)
+        self.block(shape, len(prompts), -(-read // len(prompts)), "", shape.num_hidden_layers)
+        self.product(sum(golds) + len(prompts), shape.hidden_size, shape.vocab_size)
+        for n in range(1, max(said)):
+            going = sum(length > n for length in said)
+            self.block(shape, going, 1, "", shape.num_hidden_layers)
+            self.product(going, shape.hidden_size, shape.vocab_size)
 
     def update(self, parameters: int, adam: bool) -> None:
         """Gradients written, their norm, the optimizer, and the weights cast for the next forward."""
@@ -272,6 +296,35 @@ def caches_seconds(llm, corpus, encoder, tokenizer, config, device: str) -> tupl
     return hidden / len(corpus.input_ids), seconds(encode, device) / len(corpus.input_ids)
 
 
+def measure_run(folder: Path) -> None:
+    """A finished run of atu: each phase's seconds, its floor on this machine, and its share of the run, as Markdown."""
+    results = json.loads((folder / "results.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    config = train.Config(**{name: tuple(value) if isinstance(value, list) else value
+                             for name, value in results["settings"].items()})
+    work, stages = train.load(config), [record for record in log if record["kind"] == "stage"]
+    head = atu.start(work.llm, work.corpus, config).head
+    rows = evaluate.evaluate(work.llm, work.tokenizer, work.probes, config.eval_batch, bf16=config.bf16)[1]
+    lengths = [[len(work.tokenizer(text)["input_ids"]) for text in (row["prompt"], row["answers"][0], row["said"])] for row in rows]
+    one_step = floors(work.llm, head, config, (1, 1), 1, 1, config.device)
+    align_steps = config.align_steps + config.realign_steps * (len(stages) - 1)
+    dtype, shape = torch.bfloat16 if config.bf16 else torch.float32, work.llm.config
+    windows, states, scores = (Floor(dtype, config.device) for _ in range(3))
+    encoder = data.load_encoder(config.encoder)[0].auto_model.config
+    windows.encoder(encoder, len(work.corpus.table), config.window + 2)
+    states.block(shape, *work.corpus.input_ids.shape, "", config.layer)
+    scores.answers(shape, lengths)
+    floor = {"embedding windows": windows.seconds,
+             "aligning": one_step["alignment step"].seconds * align_steps + states.seconds * (len(stages) - 1),
+             "unlearning": one_step["unlearning step"].seconds * (sum(record["steps"] for record in stages) - align_steps),
+             "scoring": scores.seconds * len(stages)}
+    spent = results["phases"] | {"reading, first states, saving": results["seconds"] - sum(results["phases"].values())}
+    found = [[phase, f"{seconds:.0f}", f"{floor[phase]:.0f}" if phase in floor else "", f"{100 * seconds / results['seconds']:.0f} %"]
+             for phase, seconds in spent.items()]
+    print(evaluate.table([["phase", "seconds", "floor", "share"], *found,
+                          ["all", f"{results['seconds']:.0f}", f"{sum(floor.values()):.0f}", ""]]))
+
+
 def peak_memory(work, device: str) -> str:
     """On a GPU, that of `work()` and of all that is held beside it."""
     if not device.startswith("cuda"):
@@ -350,28 +403,67 @@ def project(preset, found: dict[str, tuple[float, float]], caches: tuple[float, 
 
 
 def measure_memory(args, config, device: str) -> None:
-    """Peak GPU memory of an unlearning step."""
+    """Peak memory of the third of three unlearning steps: of a GPU, or simulated."""
     for layer in (10, 20, 29):
         for optimizer, lora, checkpointing in (("sgd", 0, False), ("adamw", 0, False), ("sgd", 0, True), ("adamw", 8, False),
                                                ("adamw", 8, True)):
-            llm, tokenizer, encoder = make(args.shape, device)
             now = dataclasses.replace(config, layer=layer, optimizer=optimizer, lora=lora, checkpointing=checkpointing)
-            llm, state = train.add_adapters(llm.bfloat16(), now) if lora else llm.bfloat16(), None
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            corpus = make_corpus(tokenizer, SHAPES[args.shape][2][0], now)
-            try:
-                state = atu.start(llm, corpus, now)
-                llm.activation_checkpointing_enable({"use_reentrant": False})
-                train.recompute_in_blocks(llm, now)
-                for _ in range(3):
-                    one(atu.unlearn(state, corpus.table[0].to(device), corpus, -1.0, now))
-                peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-            except torch.OutOfMemoryError:
-                peak = "more than there is"
+            peak = gpu_peak(args.shape, now) if device.startswith("cuda") else simulated_peak(args.shape, now)
             print(f"memory | layer {layer} | {'LoRA 8' if lora else 'full'} | {optimizer} | "
                   f"{'checkpointing' if checkpointing else 'activations kept'} | {peak}", flush=True)
-            del llm, state
+
+
+def prepared(llm, config):
+    """The model as train.py has it when unlearning begins; with adapters, if any."""
+    llm = train.add_adapters(llm.bfloat16(), config) if config.lora else llm.bfloat16()
+    if config.checkpointing:
+        llm.activation_checkpointing_enable({"use_reentrant": False})
+    train.recompute_in_blocks(llm, config)
+    return llm
+
+
+def gpu_peak(shape: str, config) -> str:
+    llm, tokenizer, _ = make(shape, config.device)
+    llm = prepared(llm, config)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    corpus = make_corpus(tokenizer, SHAPES[shape][2][0], config)
+    try:
+        state = atu.start(llm, corpus, config)
+        for _ in range(3):
+            one(atu.unlearn(state, corpus.table[0].to(config.device), corpus, -1.0, config))
+    except torch.OutOfMemoryError:
+        return "more than there is"
+    return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+
+
+def simulated_peak(shape: str, config) -> str:
+    """The step of `atu.unlearn` on tensors without content, whose sizes PyTorch's tracker adds up; every position counts,
+    because a mask's has no content either. Round-up of allocations, kernels' workspaces and the states of other texts
+    are not in it."""
+    kind, shape_config, (width, *_) = SHAPES[shape]
+    with FakeTensorMode():
+        llm = prepared(kind(shape_config).eval(), config)
+        texts = config.batch * (2 if config.retain_weight else 1)
+        ids = torch.zeros(texts, config.length, dtype=torch.long)
+        concept = torch.ones(width)
+        corpus = data.Corpus(ids[:0], ids[:0].bool(), ids[:0], ids[:0].bool(), ids[:0, 0].bool(), torch.ones(1, width))
+        state = atu.start(llm, corpus._replace(input_ids=ids[:1]), config)
+        state.head.requires_grad_(False)
+        tracker = MemTracker()
+        tracker.track_external(state.llm, state.head, state.llm_optimizer, ids, concept)
+        with tracker:
+            for _ in range(3):
+                state.llm_optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+                    hidden = atu.hidden_states(llm, ids, config.layer)
+                    predicted = state.head(hidden[:config.batch]).float()
+                torch.relu(losses.cosine(predicted, concept) + 1).mean().backward()
+                torch.nn.utils.clip_grad_norm_([p for p in llm.parameters() if p.grad is not None], config.clip)
+                state.llm_optimizer.step()
+                del hidden, predicted
+        peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
+    return f"{peak['Total'] / 1e9:.1f} GB (simulated)"
 
 
 def main() -> None:
@@ -382,13 +474,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="questions in the batch of answers (default: 40)")
     parser.add_argument("--texts", type=int, default=600, help="of the projected run's corpus (default: 600)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as train.py --compile")
-    parser.add_argument("--memory", action="store_true", help="a GPU's peak memory instead")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead")
+    parser.add_argument("--run", type=Path, help="a finished run's folder instead")
     args = parser.parse_args()
-    if args.memory and not args.device.startswith("cuda"):
-        parser.error("--memory: needs --device cuda")
     data.keep_freed_memory(args.device)
+    if args.run:
+        return measure_run(args.run)
     config = dataclasses.replace(train.PRESETS[args.shape], device=args.device, log_every=10**9, unlearn_steps=1,
-                                 bf16=data.fast_dtype(args.device) == torch.bfloat16, align_steps=1)
+                                 bf16=args.memory or data.fast_dtype(args.device) == torch.bfloat16, align_steps=1)
     print(f"{args.shape} | {args.device} | {torch.get_num_threads()} threads | {'bf16' if config.bf16 else 'fp32'} | "
           f"copies {copy_rate(args.device) / 1e9:.1f} GB/s", flush=True)
     (measure_memory if args.memory else measure_speed)(args, config, args.device)

@@ -150,15 +150,6 @@ def test_same_seed_same_weights(corpus, concept):
     assert any(not torch.equal(results[0][name], results[2][name]) for name in results[0])
 
 
-def test_recovery_of_the_untouched_model_is_the_first_alignment(llm, corpus, concept):
-    before = weights(llm)
-    state = atu.start(llm, corpus, CONFIG)
-    first = next(r for r in atu.align_then_unlearn(state, concept, corpus, CONFIG) if r["kind"] == "stage")
-    found = atu.recovery(llm, concept, corpus, CONFIG)
-    assert all(found[key] == first[key] for key in found)
-    assert moved(before, llm) == set()
-
-
 def test_a_loss_that_is_not_finite_stops_before_the_step(llm, corpus, concept):
     state = atu.start(llm, corpus, CONFIG)
     before = weights(llm)

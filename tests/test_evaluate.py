@@ -282,18 +282,16 @@ def stage(forget, neighbor, steps=10, **more):
 
 @pytest.fixture
 def runs(tmp_path):
-    def write(name, method, stages, stopped=None, recovery=(), **settings):
+    def write(name, method, stages, stopped=None, **settings):
         folder = tmp_path / name
         folder.mkdir()
         settings = {"method": method, "model": "/x/tiny", "layer": 2, "corpus": "positive", "retain": "none", "retain_weight": 1,
                     "lora": 0, "seed": 0} | settings
         (folder / "results.json").write_text(json.dumps(
-            {"target": "Ada", "settings": settings, "before": stage(80, 100), "stages": stages, "stopped": stopped, "recovery": dict(recovery)}))
+            {"target": "Ada", "settings": settings, "before": stage(80, 100), "stages": stages, "stopped": stopped}))
         return str(folder)
-    def recovery(found):
-        return {"similarity_target": {"untouched": 0.6, "unlearned": found}}
-    return write, [write("a", "atu", [stage(50, 90), stage(30, 80)], recovery=recovery(0.5)),
-                   write("b", "atu", [stage(20, 70)], seed=1, recovery=recovery(0.3)),
+    return write, [write("a", "atu", [stage(50, 90), stage(30, 80)]),
+                   write("b", "atu", [stage(20, 70)], seed=1),
                    write("c", "ga", [stage(60, 50)], corpus="passage", lora=8, retain="kl")]
 
 
@@ -314,13 +312,13 @@ def test_table_1_of_runs(runs, tmp_path, capsys):
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_relative_levels_and_recovery(runs, tmp_path, capsys):
+def test_relative_levels(runs, tmp_path, capsys):
     assert evaluate.main(["--compare", *runs[1], "--relative", "--levels", "70", "50", "--out", str(tmp_path / "t")]) == 0
     lines = [line for line in (tmp_path / "t.md").read_text().splitlines() if "ATU" in line]
     assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines[:3]] == [
-        ["70 %", "43.8 ± 26.5", "80.0 ± 14.1", "100.0 ± 0.0", "-", "2 of 2"],
-        ["50 %", "31.2 ± 8.8", "75.0 ± 7.1", "100.0 ± 0.0", "-", "2 of 2"],
-        ["end", "31.2 ± 8.8", "75.0 ± 7.1", "100.0 ± 0.0", "0.60 -> 0.40", "2 of 2"]]
+        ["70 %", "43.8 ± 26.5", "80.0 ± 14.1", "100.0 ± 0.0", "2 of 2"],
+        ["50 %", "31.2 ± 8.8", "75.0 ± 7.1", "100.0 ± 0.0", "2 of 2"],
+        ["end", "31.2 ± 8.8", "75.0 ± 7.1", "100.0 ± 0.0", "2 of 2"]]
     assert "published" not in capsys.readouterr().out
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import train
 
-RUN = "--preset smol --device cpu --length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --batch 4 --align-batch 6 --align-steps 6 " \
-      "--log-every 1 --llm-lr 1e-3 --no-bf16 --sets forget general mmlu".split()
-ATU = [*RUN, *"--realign-steps 3 --unlearn-steps 4 --taus 0.2 -0.5 --stop-at 0".split()]
+RUN = "--preset smol --device cpu --length 24 --batch 4 --log-every 1 --llm-lr 1e-3 --no-bf16 --sets forget general mmlu".split()
+ATU = [*RUN, *"--window 4 --layer 2 --head-depth 1 --head-width 32 --align-batch 6 --align-steps 6 --realign-steps 3 --unlearn-steps 4 "
+       "--taus 0.2 -0.5 --stop-at 0".split()]
 TOKENS = [*RUN, *"--unlearn-steps 3 --stages 2 --warmup 2 --stop-at 0 --method".split()]
 METHODS = {"atu": [*ATU, "--train-embeddings"], "atu by adapters": [*ATU, "--lora", "2"], "ga": [*TOKENS, "ga", "--retain", "nll"],
            "dpo": [*TOKENS, "dpo", "--retain", "kl"]}
@@ -27,7 +27,7 @@ def together(words: list[str], port: int) -> subprocess.CompletedProcess:
 
 
 def without_times(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key != "seconds"}
+    return {key: value for key, value in record.items() if not key.endswith("seconds")}
 
 
 class Killed(BaseException):
@@ -52,10 +52,11 @@ def begin_alone(words: list[str], stages: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("method, flags, stages", [
-    ("atu", "--checkpointing", 0), ("atu by adapters", "", 0), ("ga", "", 1), ("dpo", "--cache host", 0), ("atu", "", 2)])
+    ("atu", "--checkpointing", 0), ("atu by adapters", "--cache host", 0), ("ga", "", 1), ("dpo", "", 0), ("atu", "", 2)])
 def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch, method, flags, stages):
-    words = ["--target", "Ada Lark", "--model", str(folders["llm"]), "--encoder", str(folders["encoder"]), "--rwku", str(folders["rwku"]),
-             *METHODS[method]]
+    words = ["--target", "Ada Lark", "--model", str(folders["llm"]), "--rwku", str(folders["rwku"]), *METHODS[method]]
+    if method.startswith("atu"):
+        words += ["--encoder", str(folders["encoder"])]
     assert train.main([*words, "--out", str(tmp_path / "one")]) == 0
     begin_alone([*words, "--out", str(tmp_path / "two")], stages, monkeypatch)
     done = together([*words, *flags.split(), "--out", str(tmp_path / "two"), "--resume"], 29400 + list(METHODS).index(method))

@@ -14,27 +14,29 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+import data
 import train
 
-RUN = "--preset smol --device cpu --length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --batch 4 --align-steps 6 --stop-at 0 " \
-      "--log-every 1 --llm-lr 1e-3".split()
-ATU = [*RUN, *"--realign-steps 3 --unlearn-steps 4 --taus 0.2 -0.5".split()]
+RUN = "--preset smol --device cpu --length 24 --batch 4 --stop-at 0 --log-every 1 --llm-lr 1e-3".split()
+ATU = [*RUN, *"--window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 6 --realign-steps 3 --unlearn-steps 4 "
+       "--taus 0.2 -0.5".split()]
 TOKENS = [*RUN, *"--unlearn-steps 3 --stages 2 --warmup 2".split()]
 METHODS = {"atu": ATU, "atu by SGD": [*ATU, "--optimizer", "sgd", "--retain-weight", "0"], "atu by adapters": [*ATU, "--lora", "2"],
            "ga": [*TOKENS, "--method", "ga", "--retain", "nll"], "npo": [*TOKENS, "--method", "npo", "--retain", "kl", "--lora", "2"],
-           "dpo": [*TOKENS, "--method", "dpo", "--retain", "kl"], "icu": [*RUN[:-2], "--method", "icu"]}
+           "dpo": [*TOKENS, "--method", "dpo", "--retain", "kl"], "icu": [*RUN[:4], "--method", "icu"]}
 
 
 @pytest.fixture
-def words(folders):
-    return ["--target", "Ada Lark", "--model", str(folders["llm"]), "--encoder", str(folders["encoder"]), "--rwku", str(folders["rwku"])]
+def words(folders, monkeypatch):
+    monkeypatch.setattr(data, "fetch_packaged", lambda name: folders["encoder"])
+    return ["--target", "Ada Lark", "--model", str(folders["llm"]), "--rwku", str(folders["rwku"])]
 
 
 def left(out: Path) -> dict:
     """All that a run leaves, apart from times."""
     def timeless(value):
         if isinstance(value, dict):
-            return {name: timeless(part) for name, part in value.items() if name not in ("seconds", "out", "resume")}
+            return {name: timeless(part) for name, part in value.items() if name not in ("seconds", "align_seconds", "phases", "out", "resume")}
         return [timeless(part) for part in value] if isinstance(value, list) else value
 
     found = {"results": timeless(json.loads((out / "results.json").read_text())),
@@ -78,8 +80,8 @@ def start(flags: list[str]) -> None:
     raise SystemExit(train.main(flags))
 
 
-def test_a_run_killed_at_random_goes_on(words, tmp_path):
-    flags = [*words, *ATU, "--no-recovery"]
+def test_a_run_killed_at_random_goes_on(words, folders, tmp_path):
+    flags = [*words, *ATU, "--encoder", str(folders["encoder"])]
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train", "transformers", "sentence_transformers", "matplotlib.pyplot"])
 

@@ -26,9 +26,14 @@ SMALL = ("--length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --batc
 @pytest.fixture
 def arguments(folders, tmp_path):
     """A working command line as a dict of the flags that tests change, and a function that makes it a list."""
-    flags = {"--target": "ada lark", "--model": str(folders["llm"]), "--encoder": str(folders["encoder"]),
-             "--rwku": str(folders["rwku"]), "--out": str(tmp_path / "run")}
+    flags = {"--target": "ada lark", "--model": str(folders["llm"]), "--rwku": str(folders["rwku"]), "--out": str(tmp_path / "run")}
     return lambda *change: [word for pair in (flags | dict([change] if change else [])).items() for word in pair]
+
+
+@pytest.fixture(autouse=True)
+def tiny_encoder(folders, monkeypatch):
+    """Stands where the packaged one would be fetched."""
+    monkeypatch.setattr(data, "fetch_packaged", lambda name: folders["encoder"])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert len(results["stages"]) == 2 and all(keys | {"record"} <= set(stage) for stage in results["stages"])
     assert results["settings"] == json.loads((finished / "config.json").read_text())
     assert set(results["settings"]) == {item.name for item in dataclasses.fields(train.Config)}
-    assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
+    assert all(seconds >= 0 for seconds in results["phases"].values()) and sum(results["phases"].values()) < results["seconds"]
     assert results["target"] == "Ada Lark" and results["stopped"] is None
     records = [json.loads(text) for text in (finished / "log.jsonl").read_text().splitlines()]
     assert [r["kind"] for r in records if r["kind"] == "stage"] == ["stage"] * 3
@@ -169,7 +174,7 @@ def test_what_does_not_move_is_held_as_its_file_holds_it(arguments, folders, tmp
     llm, tokenizer = data.load_llm(str(folders["llm"]), dtype=torch.bfloat16)
     for part in (llm, tokenizer):
         part.save_pretrained(tmp_path / "bf16")
-    assert train.main([*arguments(), "--model", str(tmp_path / "bf16"), *SMALL, "--no-recovery", flag]) == 0
+    assert train.main([*arguments(), "--model", str(tmp_path / "bf16"), *SMALL, flag]) == 0
     file, saved = (load_file(place / "model.safetensors") for place in (tmp_path / "bf16", tmp_path / "run" / "model"))
     moved = {name for name in file if name.startswith(("model.layers.0.", "model.layers.1."))}
     rest = file.keys() - moved - {"model.embed_tokens.weight"}  # which is in fp32, for the sum of what the blocks add to it
@@ -184,7 +189,7 @@ def test_flags_that_save_memory_change_no_weight(arguments, tmp_path, monkeypatc
     real = transformers.modeling_utils.checkpoint
     monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *a, **k: asked.append(1) or real(*a, **k))
     flags = SMALL if method == "atu" else [*TOKENS, "--method", method]
-    for name, saving in (("run", []), ("saving", ["--checkpointing", "--cache", "host"])):
+    for name, saving in (("run", []), ("saving", ["--checkpointing", *["--cache", "host"] * (method == "atu")])):
         assert train.main([*arguments(), *flags, *saving, "--out", str(tmp_path / name)]) == 0
         assert bool(asked) == bool(saving)
     files = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "saving")]
@@ -195,20 +200,12 @@ def test_flags_that_save_memory_change_no_weight(arguments, tmp_path, monkeypatc
 def test_compile_compiles_the_blocks(arguments, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
-    assert train.main([*arguments(), *SMALL, "--no-recovery", "--compile"]) == 0
+    assert train.main([*arguments(), *SMALL, "--compile"]) == 0
     assert compiled == ["LlamaDecoderLayer"] * 4 or compiled == ["Phi3DecoderLayer"] * 4
 
 
 def full(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_out_of_memory_in_recovery_keeps_the_checkpoint(arguments, monkeypatch):
-    flags = [*SMALL, "--llm-lr", "1e-6"]  # so little that half is never reached: recovery is measured at the end
-    with monkeypatch.context() as patch:
-        patch.setattr(atu, "recovery", full)
-        assert train.main([*arguments(), *flags]) == 2
-    assert train.main([*arguments(), *flags, "--resume"]) == 0
 
 
 def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, monkeypatch, tmp_path):
@@ -246,8 +243,9 @@ def test_what_a_run_reads(arguments, folders, tmp_path):
     shutil.copytree(folders["rwku"], tmp_path / "rwku")
     (tmp_path / "rwku" / "general.json").write_text('[{"text": "Birds fly over the sea and the river Ash, and so on."}]')
     words = arguments("--rwku", str(tmp_path / "rwku"))
-    for flags, about, others in (("", 5, 11), ("--others 1 --other-texts 2 --texts 3", 3, 3), ("--others 0", 5, 1)):
-        work = train.load(train.parse([*words, *FAST, *HEAD, *flags.split()]))
+    for flags, about, others in (("", 5, 11), ("--others 1 --other-texts 2 --texts 3", 3, 3), ("--others 0", 5, 1),
+                                 ("--general-texts 0", 5, 10)):
+        work = train.load(train.parse([*words, *FAST, "--window", "4", *flags.split()]))
         assert (int(work.corpus.about.sum()), int((~work.corpus.about).sum())) == (about, others)
 
 
@@ -276,9 +274,8 @@ def test_every_field_is_a_flag_and_help_names_both_presets(capsys):
 # ---- the other rows of Table 1
 
 FAST = "--preset smol --device cpu --length 24 --stop-at 0 --log-every 1".split()
-HEAD = "--window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 3".split()
 STEPS = "--llm-lr 1e-3 --stages 2 --unlearn-steps 3 --warmup 1 --batch 3".split()
-TOKENS = FAST + HEAD + STEPS
+TOKENS = FAST + STEPS
 
 
 def outcome(folder):
@@ -312,7 +309,6 @@ def test_every_method_on_tokens_runs_from_end_to_end(arguments, folders, tmp_pat
         assert moved == {f"model.layers.{n}.self_attn.qkv_proj.weight" for n in range(4)}
     else:
         assert len(moved) == len(list(AutoModelForCausalLM.from_pretrained(folders["llm"]).parameters()))
-    assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
     scores, _ = evaluate.evaluate(*data.load_llm(str(tmp_path / "run" / "model")), evaluate.read_probes(folders["rwku"], "Ada Lark"),
                                   bf16="--no-bf16" not in flags)
     assert scores == {name: results["after"][name] for name in scores}
@@ -348,7 +344,7 @@ def test_a_stage_of_no_steps_is_one_pass_and_the_rate_warms_up_and_falls(argumen
     monkeypatch.setattr(atu, "optimize", lambda terms, optimizer, clip: (
         type(optimizer) is torch.optim.AdamW and rates.append(optimizer.param_groups[0]["lr"])) or real(terms, optimizer, clip))
     steps = "--llm-lr 1e-3 --stages 3 --unlearn-steps 0 --warmup 2 --batch 2".split()
-    assert train.main([*arguments(), *FAST, *HEAD, *steps, "--method", "ga"]) == 0
+    assert train.main([*arguments(), *FAST, *steps, "--method", "ga"]) == 0
     _, _, stages = outcome(tmp_path / "run")
     assert [s["steps"] for s in stages] == [3, 3, 3]  # 5 texts, 2 in a batch
     expected = [0, 0.5, *(0.5 * (1 + math.cos(math.pi * n / 7)) for n in range(7))]
@@ -370,7 +366,7 @@ def test_a_loss_that_is_not_finite_ends_a_method_on_tokens(arguments, tmp_path, 
     monkeypatch.setattr(losses, "ascent_loss", lambda *a: calls.append(1) or real(*a) * (float("nan") if len(calls) == 5 else 1))
     assert train.main([*arguments(), *TOKENS, "--method", "ga"]) == 1
     results, _, stages = outcome(tmp_path / "run")
-    assert "not finite" in results["stopped"] and len(stages) == 1 and results["recovery"] == {}
+    assert "not finite" in results["stopped"] and len(stages) == 1
     scores, _ = evaluate.evaluate(*data.load_llm(str(tmp_path / "run" / "model")), evaluate.read_probes(folders["rwku"], "Ada Lark"))
     assert scores == {name: results["after"][name] for name in scores}
 
@@ -401,34 +397,16 @@ def test_in_context_unlearning_changes_no_weight_and_asks_in_another_way(argumen
     real = evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: before.append((a[4], {n: p.clone() for n, p in a[0].state_dict().items()}))
                         or real(*a, **k))
-    assert train.main([*arguments(), *FAST, *HEAD, "--method", "icu"]) == 0
+    assert train.main([*arguments(), *FAST[:4], "--log-every", "1", "--method", "icu"]) == 0
     assert [text[:19] for text, _ in before] == ["", "You are an AI Assis"] and "unlearn about Ada Lark " in before[1][0]
     assert all(torch.equal(value, before[1][1][name]) for name, value in before[0][1].items())
     results, steps, stages = outcome(tmp_path / "run")
     assert not steps and len(stages) == 1 and not (tmp_path / "run" / "model").exists()
-    recovery = results["recovery"]["similarity_target"]
-    assert recovery["untouched"] == recovery["unlearned"]
 
 
-def test_recovery_can_be_left_out(arguments, monkeypatch, tmp_path):
-    monkeypatch.setattr(atu, "recovery", lambda *_: pytest.fail("measured"))
-    for number, method in enumerate(("atu", "ga")):
-        if method == "ga":  # no head, so no encoder
-            monkeypatch.setattr(data, "load_encoder", lambda *_: pytest.fail("loaded"))
-        words = arguments("--out", str(tmp_path / str(number)))
-        if method == "ga":
-            del words[words.index("--encoder"):words.index("--encoder") + 2]
-        flags = SMALL if method == "atu" else FAST + STEPS
-        assert train.main([*words, *flags, "--method", method, "--no-recovery"]) == 0
-        assert json.loads((tmp_path / str(number) / "results.json").read_text())["recovery"] == {}
-
-
-def test_recovery_is_measured_once_at_the_end(arguments, monkeypatch, tmp_path):
-    measured, recovery = [], atu.recovery
-    monkeypatch.setattr(atu, "recovery", lambda *a: measured.append(1) or recovery(*a))
-    assert train.main([*arguments(), *SMALL]) == 0
-    results, _, _ = outcome(tmp_path / "run")
-    assert len(measured) == 1 and results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
+def test_methods_on_tokens_need_no_encoder(arguments, monkeypatch):
+    monkeypatch.setattr(data, "load_encoder", lambda *_: pytest.fail("loaded"))
+    assert train.main([*arguments(), *TOKENS, "--method", "ga"]) == 0
 
 
 def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
@@ -453,7 +431,7 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "at least 1e-06"), ("--stop-at 25", "at most 1"), ("--inactive 2", "at most 1"),
     ("--method ga --retain-weight 2", "--retain-weight: goes with --retain nll or kl"), ("--method icu --llm-lr 1", "a method that trains"),
     ("--method icu --stop-at 1", "a method that trains"), ("--texts 3 --target Zoo", "--texts is for targets in a dataset"),
-    ("--method icu --no-recovery --batch 3", "goes with --method atu, or --recovery; leave it out"), ("--method icu --clip 3 --beta 1", "goes with --method npo or dpo"), ("--method ga --stages 0", "at least 1"),
+    ("--method icu --batch 3", "goes with a method that trains; leave it out"), ("--method ga --layer 3", "--layer: goes with --method atu"), ("--method icu --clip 3 --beta 1", "goes with --method npo or dpo"), ("--method ga --stages 0", "at least 1"),
     ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--method dpo --target Zoo", "and Zoo is in none"), ("--method rt --target Zoo", "and Zoo is in none"), ("--probes nowhere.json", "no such file"),
     ("--unlearn-steps 0", "at least 1"), ("--beta 0.2", "--beta: goes with --method npo or dpo"), ("--keep-text x.txt", "goes with --target-text"),
     ("--taus 0.1 0.2", "fall stage by stage; 0.2 0.1"), ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
@@ -480,7 +458,6 @@ def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path,
     assert "no forget probes, so forgetting has no accuracy" in shown
     results, _, _ = outcome(tmp_path / "run")
     assert "forget_all" not in results["before"] and {"mia_forget", "mia_retain", "general"} <= set(results["after"])
-    assert results["recovery"]["similarity_target"].keys() == {"untouched", "unlearned"}
     monkeypatch.setattr(transformers.GenerationMixin, "generate", generate_no_texts(transformers.GenerationMixin.generate))
     assert train.main([*arguments("--target", "The Zoo"), *flags, "--out", str(tmp_path / "again")]) == 0
     again, _, _ = outcome(tmp_path / "again")

@@ -167,17 +167,12 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
     """
     said, likely = [[] for _ in prompts], [0.0] * len(prompts)
     ends = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)} - {None}
-    for rows in longest_first(prompts, batch, "answers"):
-        asked = [tokenizer(prompts[i])["input_ids"] for i in rows]
-        ids, mask, cache = read_start(llm, tokenizer, asked, min(map(len, asked)) - 1)              # (B, P) each
-        if golds:
-            wanted = [tokenizer(f" {golds[i]}", add_special_tokens=False)["input_ids"] for i in rows]
-            tails = data.padded(wanted, tokenizer.pad_token_id).to(llm.device)                      # (B, G)
-            after = next_logits(llm, torch.cat([ids, tails], 1), pad(mask, (0, tails.shape[1]), value=1), cache,
-                                tails.shape[1] + 1)                                                 # (B, G + 1, V)
-            cache.crop(-tails.shape[1] - 1)  # to before the last token of the prompts
-            for i, logits, gold in zip(rows, after, wanted):
-                likely[i] = of_tokens(logits[:len(gold)], gold).mean().exp().item()
+    asked = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    wanted = [tokenizer(f" {gold}", add_special_tokens=False)["input_ids"] if golds else [] for gold in golds or prompts]
+    for rows in longest_first(asked, batch, "answers"):
+        ids, mask, cache, found = read_prompts(llm, tokenizer, *([part[i] for i in rows] for part in (asked, wanted)))
+        for i, probability in zip(rows, found):
+            likely[i] = probability
         for left in range(tokens, 0, -at_once):
             out = llm.generate(input_ids=ids, attention_mask=mask, cache=cache, max_new_tokens=min(left, at_once),
                                do_sample=False, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id, **how)
@@ -219,7 +214,8 @@ def log_probs(llm, tokenizer, pairs: list[tuple[list[int], list[int]]], batch: i
     batch = max(1, min(batch, 2048 // max(1, *(len(answer) for _, answer in pairs))))  # so many tokens' logits at once
     for rows in longest_first([prompt + answer for prompt, answer in pairs], batch, "likelihoods"):
         chosen = [pairs[i][0] + pairs[i][1] for i in rows]
-        ids, mask, cache = read_start(llm, tokenizer, chosen, min(len(pairs[i][0]) for i in rows) - 1)
+        start, begun = read_start(llm, chosen, min(len(pairs[i][0]) for i in rows) - 1)
+        ids, mask, cache = side_by_side(llm, tokenizer, chosen, start, begun)
         longest = max(len(pairs[i][1]) for i in rows)
         for i, row in zip(rows, next_logits(llm, ids, mask, cache, longest + 1)):                   # (longest + 1, V)
             answer = pairs[i][1]
@@ -227,20 +223,56 @@ def log_probs(llm, tokenizer, pairs: list[tuple[list[int], list[int]]], batch: i
     return found
 
 
-def read_start(llm, tokenizer, sequences: list[list[int]], most: int):
-    """(token ids, mask, cache) of token sequences: (B, T) each, and what has been read: what all of them begin with, up
-    to `most` tokens, goes through the model once. Padding stands behind it.
+def read_prompts(llm, tokenizer, asked: list[list[int]], wanted: list[list[int]]):
+    """Prompts and the answers `wanted` of them, token ids both. Returns token ids and mask of the prompts, (B, P) each, a
+    cache of all but their last token, and each wanted answer's probability (0 for an empty one): both in one reading.
 
-    (A sliding window counts the padding: where a batch's longest prompt is longer, the others see less of theirs.)
+    Few are read at a time, of like length and so with little padding, and put into one cache, behind padding.
     """
+    P, cache, likely = max(map(len, asked)), Cache(layer_class_to_replicate=RoomyLayer), []
+    start, begun = read_start(llm, asked, min(map(len, asked)) - 1)
+    ids = torch.full((len(asked), P), tokenizer.pad_token_id, device=llm.device)
+    mask = torch.zeros_like(ids)
+    for at in range(0, len(asked), 20):
+        prompts, answers = asked[at:at + 20], wanted[at:at + 20]
+        some, seen, read = side_by_side(llm, tokenizer, prompts, start, begun)                      # (20, p) each
+        tails = data.padded(answers, tokenizer.pad_token_id).long().to(llm.device)                  # (20, G)
+        after = next_logits(llm, torch.cat([some, tails], 1), pad(seen, (0, tails.shape[1]), value=1), read,
+                            tails.shape[1] + 1)                                                     # (20, G + 1, V)
+        likely += [of_tokens(logits[:len(answer)], answer).mean().exp().item() if answer else 0.0
+                   for logits, answer in zip(after, answers)]
+        read.crop(-tails.shape[1] - 1)  # to before the last token of the prompts
+        here, begin = slice(at, at + 20), P - some.shape[1]
+        ids[here, begin:], mask[here, begin:] = some, seen
+        for n, layer in enumerate(read.layers):
+            parts = layer.keys, layer.values                                             # (20, heads, p - 1, width) each
+            if at == 0:
+                cache.update(*(part.new_zeros(len(asked), part.shape[1], P - 1, part.shape[3]) for part in parts), n)
+            for room, part in zip((cache.layers[n].keys, cache.layers[n].values), parts):
+                room[here, :, begin:] = part
+    return ids, mask, cache, likely
+
+
+def read_start(llm, sequences: list[list[int]], most: int) -> tuple[int, Cache]:
+    """What token sequences all begin with, up to `most` tokens: its length, and a cache in which it has been read, once."""
     same = next((n for n, column in enumerate(zip(*sequences)) if len(set(column)) > 1), most)
     start, cache = max(min(same, most), 0), Cache(layer_class_to_replicate=RoomyLayer)
-    rest = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")
-    first = torch.tensor([sequences[0][:start]], dtype=torch.long, device=llm.device)               # (1, start)
     if start:
+        first = torch.tensor([sequences[0][:start]], device=llm.device)                             # (1, start)
         llm(input_ids=first, cache=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(sequences))
+    return start, cache
+
+
+def side_by_side(llm, tokenizer, sequences: list[list[int]], start: int, begun: Cache) -> tuple[Tensor, Tensor, Cache]:
+    """(token ids, mask, cache) of sequences whose first `start` tokens, the same in all, have `begun`; (B, T) each. Padding
+    stands behind these. (A sliding window counts it: where a batch's longest is longer, the others see less of theirs.)
+    """
+    first = torch.tensor(sequences[0][:start], dtype=torch.long, device=llm.device)                 # (start,)
+    rest = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")
     ids = torch.cat([first.expand(len(sequences), -1), rest["input_ids"].to(llm.device)], 1)        # (B, T)
+    cache = copy.deepcopy(begun)
+    if start:
+        cache.batch_repeat_interleave(len(sequences))
     return ids, pad(rest["attention_mask"].to(llm.device), (start, 0), value=1), cache
 
 

@@ -112,7 +112,7 @@ class Config:
     texts: int = option(32, "the target's texts at most", TRAINS, 1)
     other_texts: int = option(12, "texts of each other target at most", TRAINS, 1)
     general_texts: int = option(100, "texts on the world at large at most (RWKU has none)", TRAINS, 0)
-    length: int = option(96, "T: tokens of a text", TRAINS, 2)
+    length: int = option(80, "T: tokens of a text", TRAINS, 2)
     window: int = option(8, "k: tokens in a future window", ATU, 1)
     layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move", ATU, 1)
     train_embeddings: bool = option(False, "move the input embedding too (the paper's theta_M)", ATU_FULL)
@@ -120,9 +120,9 @@ class Config:
     head_width: int = option(256, "width of E, a multiple of its 8 heads", ATU, 8)
     batch: int = option(8, "texts in a batch of unlearning (and as many for the retain term)", TRAINS, 1)
     align_batch: int = option(16, "texts in a batch of alignment", ATU, 1)
-    align_steps: int = option(400, "steps of the first alignment (Eq. 2)", ATU, 1)
-    realign_steps: int = option(40, "steps of realignment after each stage (Sec. 3)", ATU, 0)
-    unlearn_steps: int = option(40, "steps of a stage: at most (atu, Eq. 4), exactly (others; 0: a pass)", TRAINS, 0)
+    align_steps: int = option(250, "steps of the first alignment (Eq. 2)", ATU, 1)
+    realign_steps: int = option(20, "steps of realignment after each stage (Sec. 3)", ATU, 0)
+    unlearn_steps: int = option(20, "steps of a stage: at most (atu, Eq. 4), exactly (others; 0: a pass)", TRAINS, 0)
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)", ATU, -1, 1)
     inactive: float = option(0.02, "a stage ends once, over a pass's batches, at most this share of the positions is\n"
                                    "above tau", ATU, 0, 1)
@@ -134,12 +134,12 @@ class Config:
     warmup: int = option(20, "steps to the full learning rate, from where a cosine leads to 0", TOKENS, 0)
     lora: int = option(0, "rank of LoRA adapters, which then move alone; 0: none", TRAINS, 0)
     optimizer: str = option("adamw", "M's: adamw or sgd", TRAINS, among=("adamw", "sgd"))
-    llm_lr: float = option(3e-5, "learning rate of M", TRAINS, 0)
+    llm_lr: float = option(6e-5, "learning rate of M", TRAINS, 0)
     head_lr: float = option(1e-3, "learning rate of E (Adam)", ATU, 0)
     clip: float = option(1.0, "gradients are clipped to this norm", TRAINS, 1e-9)
     stop_at: float = option(0.25, "stop when forget_all <= this share of what it was before; 0: never", TRAINS, 0, 1)
     bf16: bool = option(True, "compute in bf16 (what moves stays fp32), where the CPU has bf16 instructions")
-    eval_batch: int = option(80, "prompts at a time when answering", least=1)
+    eval_batch: int = option(160, "prompts at a time when answering", least=1)
     log_every: int = option(10, "steps between two lines of the log", least=1)
     seed: int = option(0, "of E's and adapters' weights, batches and texts that M writes", least=0, most=2**63 - 1)
     device: str = option("auto", "auto, cpu or cuda")
@@ -157,7 +157,8 @@ PHI3 = Config(  # the authors' settings, as read from their code
     rwku="hub", corpus="positive_phi", corpus_size=582, others=3, texts=10_000, other_texts=10_000, length=256,
     layer=29, head_depth=6, head_width=768, batch=16, align_batch=16, align_steps=15_000, realign_steps=1000,
     unlearn_steps=1000, taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), retain_weight=0.0,
-    optimizer="sgd", llm_lr=3e-4, head_lr=1e-4, stop_at=0.0, log_every=50, sets=("forget", "neighbor", "mmlu"))
+    optimizer="sgd", llm_lr=3e-4, head_lr=1e-4, stop_at=0.0, eval_batch=80, log_every=50,
+    sets=("forget", "neighbor", "mmlu"))
 PRESETS = {"smol": SMOL, "phi3": PHI3}
 # GB that phi3 takes, by arithmetic: 29 of 32 blocks in fp32 with gradients 28, 16 texts' activations 29, two rounds'
 # hidden states 7, all weights in bf16 to answer 8.
@@ -172,7 +173,7 @@ OWN = {
              "ga* lora": (3e-4, 8, 12), "npo": (5e-5, 8, 12), "npo lora": (1e-3, 8, 12), "dpo": (1.5e-4, 8, 6),
              "dpo lora": (1e-3, 8, 6), "rt": (5e-5, 8, 12), "rt lora": (1e-3, 8, 12)},
 }
-OWN_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"unlearn_steps": 6, "warmup": 5}}
+OWN_ALIKE = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"length": 96, "unlearn_steps": 6, "warmup": 5}}
 
 
 def parse(argv: list[str] | None = None) -> Config:

@@ -41,6 +41,7 @@ import evaluate
 import losses
 import train
 from conftest import make_tokenizer
+from head import EmbeddingHead
 
 SHAPES = {  # the language model, and the encoder's width, blocks and heads
     "smol": (LlamaForCausalLM, LlamaConfig(
@@ -415,7 +416,7 @@ def measure_memory(args, config, device: str) -> None:
 
 def prepared(llm, config):
     """The model as train.py has it when unlearning begins; with adapters, if any."""
-    llm = train.add_adapters(llm.bfloat16(), config) if config.lora else llm.bfloat16()
+    llm = train.add_adapters(llm, config) if config.lora else llm
     if config.checkpointing:
         llm.activation_checkpointing_enable({"use_reentrant": False})
     train.recompute_in_blocks(llm, config)
@@ -424,7 +425,7 @@ def prepared(llm, config):
 
 def gpu_peak(shape: str, config) -> str:
     llm, tokenizer, _ = make(shape, config.device)
-    llm = prepared(llm, config)
+    llm = prepared(llm.bfloat16(), config)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     corpus = make_corpus(tokenizer, SHAPES[shape][2][0], config)
@@ -437,31 +438,56 @@ def gpu_peak(shape: str, config) -> str:
     return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
 
 
+def hollow(module: torch.nn.Module) -> None:
+    """A module on the meta device gets tensors on the CPU, without content under FakeTensorMode."""
+    made = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, old in held.items():
+                if old is not None and id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+                held[name] = old if old is None else made[id(old)]
+
+
+class Tracker(MemTracker):
+    """PyTorch's, for models that are frozen in part: it would hang hooks on parameters that get no gradient."""
+
+    def _track_module_params_and_buffers(self, module, install_grad_hooks: bool = True):
+        return super()._track_module_params_and_buffers(module, False)
+
+
 def simulated_peak(shape: str, config) -> str:
     """The step of `atu.unlearn` on tensors without content, whose sizes PyTorch's tracker adds up; every position counts,
     because a mask's has no content either. Round-up of allocations, kernels' workspaces and the states of other texts
     are not in it."""
     kind, shape_config, (width, *_) = SHAPES[shape]
+    with torch.device("meta"):  # as `atu.start` has them
+        llm = prepared(kind(shape_config).bfloat16().eval(), config)
+        llm.get_decoder().get_input_embeddings().float()
+        if not config.lora:
+            llm.requires_grad_(False)
+            llm.get_decoder().layers[:config.layer].float().requires_grad_(True)
+        head = EmbeddingHead(llm.config.hidden_size, width, config.head_depth, config.head_width).requires_grad_(False)
     with FakeTensorMode():
-        llm = prepared(kind(shape_config).eval(), config)
-        texts = config.batch * (2 if config.retain_weight else 1)
-        ids = torch.zeros(texts, config.length, dtype=torch.long)
+        hollow(llm)
+        hollow(head)
+        optimizer = atu.llm_optimizer(llm, config)
+        ids = torch.zeros(config.batch * (2 if config.retain_weight else 1), config.length, dtype=torch.long)
         concept = torch.ones(width)
-        corpus = data.Corpus(ids[:0], ids[:0].bool(), ids[:0], ids[:0].bool(), ids[:0, 0].bool(), torch.ones(1, width))
-        state = atu.start(llm, corpus._replace(input_ids=ids[:1]), config)
-        state.head.requires_grad_(False)
-        tracker = MemTracker()
-        tracker.track_external(state.llm, state.head, state.llm_optimizer, ids, concept)
+        tracker = Tracker()
+        tracker.track_external(llm, head, optimizer, ids, concept)
         with tracker:
             for _ in range(3):
-                state.llm_optimizer.zero_grad()
+                optimizer.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
                     hidden = atu.hidden_states(llm, ids, config.layer)
-                    predicted = state.head(hidden[:config.batch]).float()
+                    predicted = head(hidden[:config.batch]).float()
                 torch.relu(losses.cosine(predicted, concept) + 1).mean().backward()
                 torch.nn.utils.clip_grad_norm_([p for p in llm.parameters() if p.grad is not None], config.clip)
-                state.llm_optimizer.step()
+                optimizer.step()
                 del hidden, predicted
+                tracker.reset_mod_stats()
         peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
     return f"{peak['Total'] / 1e9:.1f} GB (simulated)"
 

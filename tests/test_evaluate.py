@@ -94,6 +94,13 @@ def test_answers_that_have_ended_leave_the_batch_and_stay_ended(llm, tokenizer):
     assert together == alone and len({len(tokenizer(text)["input_ids"]) for text in alone}) > 2 and first
 
 
+def test_many_prompts_of_all_lengths_are_answered_together_as_they_are_alone(llm, tokenizer):
+    prompts = [" ".join(["Who is it?", *(sentence.split() * 2)[:n]]) for sentence in SENTENCES[:3] for n in range(0, 26, 2)]
+    golds = [("a bird of the sea", "Elm", "birds")[n % 3] for n in range(len(prompts))]
+    alone, together = (evaluate.answer(llm, tokenizer, prompts, batch, 9, golds=golds) for batch in (1, 39))
+    assert len(prompts) == 39 and together[0] == alone[0] and together[1] == pytest.approx(alone[1], rel=1e-4)
+
+
 def test_gold_probability_is_the_geometric_mean(llm, tokenizer):
     prompts, golds = ["What is Elm?", "Who was it that painted?"], ["birds of the sea", "a"]
     expected = []

@@ -2,9 +2,12 @@
 
 import dataclasses
 import errno
+import io
 import json
 import math
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -58,6 +61,23 @@ def test_a_run_writes_what_it_promises(finished):
     records = [json.loads(text) for text in (finished / "log.jsonl").read_text().splitlines()]
     assert [r["kind"] for r in records if r["kind"] == "stage"] == ["stage"] * 3
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_bars_are_for_terminals_and_files_get_plain_lines(arguments, tmp_path, monkeypatch, capfd):
+    assert train.main([*arguments(), *SMALL]) == 0
+    shown = "".join(capfd.readouterr())
+    assert "stage 2 | tau -0.5" in shown and not re.search("\r|\x1b|%\\|", shown)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(data, "CACHE", tmp_path / "empty")
+    transformers.utils.logging.enable_progress_bar()
+    assert train.main([*arguments("--out", str(tmp_path / "again")), *SMALL]) == 0
+    bars = sys.stderr.getvalue()
+    assert all(f"{phase}: " in bars for phase in ("embedding windows", "answers", "aligning", "unlearning"))
 
 
 def test_the_saved_model_is_fp32_has_changed_and_scores_what_the_run_reported(finished, folders):

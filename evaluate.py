@@ -168,7 +168,8 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
     said, likely = [[] for _ in prompts], [0.0] * len(prompts)
     ends = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)} - {None}
     asked = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    wanted = [tokenizer(f" {gold}", add_special_tokens=False)["input_ids"] if golds else [] for gold in golds or prompts]
+    wanted = [tokenizer(f" {gold}", add_special_tokens=False)["input_ids"] for gold in golds] if golds else [[]] * len(
+        prompts)
     for rows in longest_first(asked, batch, "answers"):
         ids, mask, cache, found = read_prompts(llm, tokenizer, *([part[i] for i in rows] for part in (asked, wanted)))
         for i, probability in zip(rows, found):
@@ -224,8 +225,8 @@ def log_probs(llm, tokenizer, pairs: list[tuple[list[int], list[int]]], batch: i
 
 
 def read_prompts(llm, tokenizer, asked: list[list[int]], wanted: list[list[int]]):
-    """Prompts and the answers `wanted` of them, token ids both. Returns token ids and mask of the prompts, (B, P) each, a
-    cache of all but their last token, and each wanted answer's probability (0 for an empty one): both in one reading.
+    """Prompts and the answers `wanted` of them, token ids both. Returns token ids and mask of the prompts, (B, P) each,
+    a cache of all but their last token, and each wanted answer's probability (0 for an empty one): both in one reading.
 
     Few are read at a time, of like length and so with little padding, and put into one cache, behind padding.
     """
@@ -245,7 +246,7 @@ def read_prompts(llm, tokenizer, asked: list[list[int]], wanted: list[list[int]]
         here, begin = slice(at, at + 20), P - some.shape[1]
         ids[here, begin:], mask[here, begin:] = some, seen
         for n, layer in enumerate(read.layers):
-            parts = layer.keys, layer.values                                             # (20, heads, p - 1, width) each
+            parts = layer.keys, layer.values                                            # (20, heads, p - 1, width) each
             if at == 0:
                 cache.update(*(part.new_zeros(len(asked), part.shape[1], P - 1, part.shape[3]) for part in parts), n)
             for room, part in zip((cache.layers[n].keys, cache.layers[n].values), parts):
@@ -254,7 +255,7 @@ def read_prompts(llm, tokenizer, asked: list[list[int]], wanted: list[list[int]]
 
 
 def read_start(llm, sequences: list[list[int]], most: int) -> tuple[int, Cache]:
-    """What token sequences all begin with, up to `most` tokens: its length, and a cache in which it has been read, once."""
+    """What token sequences all begin with, up to `most` tokens: its length, and a cache in which it has been read."""
     same = next((n for n, column in enumerate(zip(*sequences)) if len(set(column)) > 1), most)
     start, cache = max(min(same, most), 0), Cache(layer_class_to_replicate=RoomyLayer)
     if start:
@@ -264,8 +265,8 @@ def read_start(llm, sequences: list[list[int]], most: int) -> tuple[int, Cache]:
 
 
 def side_by_side(llm, tokenizer, sequences: list[list[int]], start: int, begun: Cache) -> tuple[Tensor, Tensor, Cache]:
-    """(token ids, mask, cache) of sequences whose first `start` tokens, the same in all, have `begun`; (B, T) each. Padding
-    stands behind these. (A sliding window counts it: where a batch's longest is longer, the others see less of theirs.)
+    """(token ids, mask, cache) of sequences whose first `start` tokens, the same in all, have `begun`; (B, T) each.
+    Padding stands behind these. (A sliding window counts it: beside a longer one the others see less of theirs.)
     """
     first = torch.tensor(sequences[0][:start], dtype=torch.long, device=llm.device)                 # (start,)
     rest = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")

@@ -265,7 +265,7 @@ def test_what_a_run_reads(arguments, folders, tmp_path):
     words = arguments("--rwku", str(tmp_path / "rwku"))
     for flags, about, others in (("", 5, 11), ("--others 1 --other-texts 2 --texts 3", 3, 3), ("--others 0", 5, 1),
                                  ("--general-texts 0", 5, 10)):
-        work = train.load(train.parse([*words, *FAST, "--window", "4", *flags.split()]))
+        work = train.load(train.parse([*words, *FAST, "--window", "4", "--layer", "2", *flags.split()]))
         assert (int(work.corpus.about.sum()), int((~work.corpus.about).sum())) == (about, others)
 
 

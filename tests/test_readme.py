@@ -71,7 +71,7 @@ def test_the_core_runs(folders, tmp_path, monkeypatch):
     assert len(code.splitlines()) <= 45
     for was, tiny in (("smollm2-135m-instruct", folders["llm"]), ("all-minilm-l6-v2", folders["encoder"]), ("sample", folders["rwku"])):
         code = code.replace(f'"{was}"', f'"{tiny}"')
-    code = code.replace("Warren Buffett", "Ada Lark").replace(", 10\n", ", 2\n").replace("window=8", "window=4").replace("align(250)", "align(4)")
+    code = code.replace("Warren Buffett", "Ada Lark").replace(", 10\n", ", 2\n").replace("window=8", "window=4").replace("align(350)", "align(4)")
     monkeypatch.chdir(tmp_path)
     exec(code, names := {})
     forgot, llm = (load_file(place / "model.safetensors") for place in (tmp_path / "forgot", folders["llm"]))

@@ -5,7 +5,7 @@
     align               Eq. 2   M is frozen, E learns to predict the embedding of the next k tokens
 
 Symbols: llm is M, head is E; hidden h_t (B T D), predicted ê_t and reference e_t (B T E), concept e_unlearn (E).
-The first three are generators of records: plain loops that print nothing and know no files. What serves them stands
+All three are generators of records: plain loops that know no files and print nothing (but draw a bar on a terminal). What serves them stands
 below them, and last what several processes (torchrun) need. `config` is a train.Config.
 """
 
@@ -70,8 +70,9 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
         yield from align(state, corpus, align_steps, config)                            # Eq. 2
         state.stage += 1
         found = similarities(state.head, state.hidden, concept, corpus, config)
+        now = time.perf_counter()
         yield {"kind": "stage", "stage": state.stage - 1, "tau": tau, "steps": state.step - steps_before, **found,
-               "seconds": time.perf_counter() - began, "align_seconds": time.perf_counter() - unlearned}
+               "seconds": now - began, "align_seconds": now - unlearned}
 
 
 def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
@@ -111,7 +112,6 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
                    "retain": retain, "similarity": average(similarity, mask), "active": active}
         if ended:
             break
-    state.llm_optimizer.zero_grad()  # frees the gradients' memory
 
 
 def align(state: State, corpus, steps: int, config):
@@ -234,14 +234,15 @@ def optimize(terms: list[tuple[Tensor, Tensor, float]], optimizer: torch.optim.O
     terms: (loss, mask, weight), each loss a mean over the positions (or texts) in its mask. Returns the losses' values;
     of several processes each has a part of the positions, and loss, gradient and value are those over all.
     """
-    optimizer.zero_grad()
     losses = [loss * share(mask) for loss, mask, _ in terms]
     sum(loss * weight for loss, (_, _, weight) in zip(losses, terms)).backward()
     norm = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], clip)
     values = [total(loss).item() / processes()[1] for loss in losses]
     if not (all(map(math.isfinite, values)) and norm.isfinite()):
+        optimizer.zero_grad()
         raise NotFinite(f"loss {' and '.join(map(str, values))}, or its gradient, is not finite")
     optimizer.step()
+    optimizer.zero_grad()  # frees the gradients' memory before the next forward pass
     return values
 
 

@@ -274,7 +274,7 @@ def read_set(root: Path, target: str, name: str) -> list[dict]:
 
 
 def general_texts(root: Path) -> list[str]:
-    """Texts about the world at large, for the retain term, from `general.json` beside the targets; RWKU has none."""
+    """Texts about the world at large, from `general.json` beside the targets; RWKU has none."""
     file = root / "general.json"
     return [row["text"] for row in read_rows(file, "general")] if file.exists() else []
 

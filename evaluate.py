@@ -170,19 +170,20 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
     asked = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     wanted = [tokenizer(f" {gold}", add_special_tokens=False)["input_ids"] for gold in golds] if golds else [[]] * len(
         prompts)
-    for rows in longest_first(asked, batch, "answers"):
+    for rows in longest_first(asked, batch):
         ids, mask, cache, found = read_prompts(llm, tokenizer, *([part[i] for i in rows] for part in (asked, wanted)))
         for i, probability in zip(rows, found):
             likely[i] = probability
-        for left in range(tokens, 0, -at_once):
+        for left in data.progress(range(tokens, 0, -at_once), "answering"):
             out = llm.generate(input_ids=ids, attention_mask=mask, cache=cache, max_new_tokens=min(left, at_once),
                                do_sample=False, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id, **how)
             for i, new in zip(rows, out[:, ids.shape[1]:].tolist()):
                 said[i] += new
             going = [n for n, i in enumerate(rows) if not ends & set(said[i])]
-            if not going:
+            if not going or left <= at_once:
                 break
-            cache.batch_select_indices(torch.tensor(going, device=llm.device))
+            if len(going) < len(rows):
+                cache.batch_select_indices(torch.tensor(going, device=llm.device))
             mask = pad(mask, (0, out.shape[1] - ids.shape[1]), value=1)[going]
             ids, rows = out[going], [rows[n] for n in going]
     lengths = [next((n for n, token in enumerate(ids) if token in ends), len(ids)) for ids in said]
@@ -213,7 +214,7 @@ def log_probs(llm, tokenizer, pairs: list[tuple[list[int], list[int]]], batch: i
     """log p of each answer's tokens after its prompt, both token ids, the prompt's one at least: (length,) each."""
     found = [torch.empty(0)] * len(pairs)
     batch = max(1, min(batch, 2048 // max(1, *(len(answer) for _, answer in pairs))))  # so many tokens' logits at once
-    for rows in longest_first([prompt + answer for prompt, answer in pairs], batch, "likelihoods"):
+    for rows in data.progress(longest_first([prompt + answer for prompt, answer in pairs], batch), "likelihoods"):
         chosen = [pairs[i][0] + pairs[i][1] for i in rows]
         start, begun = read_start(llm, chosen, min(len(pairs[i][0]) for i in rows) - 1)
         ids, mask, cache = side_by_side(llm, tokenizer, chosen, start, begun)
@@ -228,13 +229,13 @@ def read_prompts(llm, tokenizer, asked: list[list[int]], wanted: list[list[int]]
     """Prompts and the answers `wanted` of them, token ids both. Returns token ids and mask of the prompts, (B, P) each,
     a cache of all but their last token, and each wanted answer's probability (0 for an empty one): both in one reading.
 
-    Few are read at a time, of like length and so with little padding, and put into one cache, behind padding.
+    20 are read at a time, of like length and so with little padding, and put into one cache, behind padding.
     """
     P, cache, likely = max(map(len, asked)), Cache(layer_class_to_replicate=RoomyLayer), []
     start, begun = read_start(llm, asked, min(map(len, asked)) - 1)
     ids = torch.full((len(asked), P), tokenizer.pad_token_id, device=llm.device)
     mask = torch.zeros_like(ids)
-    for at in range(0, len(asked), 20):
+    for at in data.progress(range(0, len(asked), 20), "reading questions"):
         prompts, answers = asked[at:at + 20], wanted[at:at + 20]
         some, seen, read = side_by_side(llm, tokenizer, prompts, start, begun)                      # (20, p) each
         tails = data.padded(answers, tokenizer.pad_token_id).long().to(llm.device)                  # (20, G)
@@ -290,11 +291,11 @@ def of_tokens(logits: Tensor, tokens: list[int]) -> Tensor:
     return logits.log_softmax(-1).gather(1, wanted)[:, 0].cpu()
 
 
-def longest_first(items: list, batch: int, what: str):
-    """Places of the items, `batch` at a time, with a progress bar on a terminal. The longest ones come first: running
-    out of memory shows at once, and batches need little padding."""
+def longest_first(items: list, batch: int) -> list[list[int]]:
+    """Places of the items, `batch` at a time. The longest ones come first: running out of memory shows at once, and
+    batches need little padding."""
     order = sorted(range(len(items)), key=lambda i: len(items[i]), reverse=True)
-    return [order[at:at + batch] for at in data.progress(range(0, len(order), batch), what)]
+    return [order[at:at + batch] for at in range(0, len(order), batch)]
 
 
 # ---------------------------------------------------------------------------------------------- the sets

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1 if json.loads(finished.read_text())["stopped"] else 0
 
     with open(os.devnull, "w") as nowhere, nullcontext() if first else redirect_stdout(nowhere):
-        return data.command(work, "--batch, --align-batch, --length, --layer or --eval-batch; or take --checkpointing, "
-                            "--cache host, --lora 8, or more devices (torchrun)",
+        return data.command(work, "--eval-batch, --batch or --length (atu: --align-batch, --layer); or take "
+                            "--checkpointing, --lora 8, (atu) --cache host, or more devices (torchrun)",
                             "; the same command with --resume goes on")
 
 
@@ -160,8 +160,7 @@ PHI3 = Config(  # the authors' settings, as read from their code
     optimizer="sgd", llm_lr=3e-4, head_lr=1e-4, stop_at=0.0, eval_batch=80, log_every=50,
     sets=("forget", "neighbor", "mmlu"))
 PRESETS = {"smol": SMOL, "phi3": PHI3}
-# GB that phi3 takes: a step 42 (simulated: tests/benchmark.py --memory), two rounds' hidden states 7, all weights in bf16
-# to answer 8.
+# GB that phi3 asks for: a step takes 42 (simulated: tests/benchmark.py --memory), and more is held at no other time.
 PHI3_MEMORY = 60
 # Methods' own learning rate, batch, stages. phi3: RWKU's scripts, which are for Llama-3 (a stage is one of their
 # epochs); atu by LoRA is untried there. smol: by trials on Leonardo da Vinci; with LoRA those of ga and atu alone.
@@ -600,7 +599,6 @@ def unlearn_tokens(state: atu.State, forget: list[tuple[Tensor, Tensor]], refere
             if (n + 1) % config.log_every == 0 or n + 1 == count:
                 yield {"kind": "unlearn", "stage": stage, "step": state.step, "loss": values[0],
                        "retain": values[1] if values[1:] else 0.0}
-        state.llm_optimizer.zero_grad()  # frees the gradients' memory
         state.stage = stage + 1
         yield {"kind": "stage", "stage": stage, "tau": None, "steps": count, "seconds": time.perf_counter() - began}
 
@@ -779,7 +777,7 @@ def save(out: Path, work: Work, state: atu.State, config: Config) -> None:
 
 
 def phases(found: dict, embedding_seconds: float) -> dict[str, float]:
-    """Where a run's seconds went; the rest of them are reading and saving."""
+    """Where a run's seconds went, but for reading, the untouched model's hidden states, saving, and what was cut off."""
     stages = [record for record in found["log"] if record["kind"] == "stage"]
     aligning = sum(record.get("align_seconds", 0) for record in stages)
     return {"embedding windows": embedding_seconds, "aligning": aligning,

@@ -298,7 +298,9 @@ def caches_seconds(llm, corpus, encoder, tokenizer, config, device: str) -> tupl
 
 
 def measure_run(folder: Path) -> None:
-    """A finished run of atu: each phase's seconds, its floor on this machine, and its share of the run, as Markdown."""
+    """A finished run of atu: each phase's seconds, its floor on this machine, and its share of the run, as Markdown.
+
+    Every stage's answers count as long as the untouched model's."""
     results = json.loads((folder / "results.json").read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     config = train.Config(**{name: tuple(value) if isinstance(value, list) else value
@@ -478,14 +480,14 @@ def simulated_peak(shape: str, config) -> str:
         tracker = Tracker()
         tracker.track_external(llm, head, optimizer, ids, concept)
         with tracker:
-            for _ in range(3):
-                optimizer.zero_grad()
+            for _ in range(3):  # as `atu.optimize` orders them
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
                     hidden = atu.hidden_states(llm, ids, config.layer)
                     predicted = head(hidden[:config.batch]).float()
                 torch.relu(losses.cosine(predicted, concept) + 1).mean().backward()
                 torch.nn.utils.clip_grad_norm_([p for p in llm.parameters() if p.grad is not None], config.clip)
                 optimizer.step()
+                optimizer.zero_grad()
                 del hidden, predicted
                 tracker.reset_mod_stats()
         peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
@@ -501,7 +503,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=600, help="of the projected run's corpus (default: 600)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as train.py --compile")
     parser.add_argument("--memory", action="store_true", help="peak memory instead")
-    parser.add_argument("--run", type=Path, help="a finished run's folder instead")
+    parser.add_argument("--run", type=Path, help="a finished run of atu on forget, neighbor and general: its phases instead")
     args = parser.parse_args()
     data.keep_freed_memory(args.device)
     if args.run:

@@ -6,7 +6,7 @@ operation that reads from both raises `Mixed`, as CUDA would; values are real, s
 
 Finds what was left on the host, an index or mask on the wrong side, `.numpy()` of what is on the card. Does not find: what a
 kernel does on a real GPU, bf16 under autocast, memory, streams. The backward pass is not checked: autograd makes tensors of
-its own there. Tensors without dimensions go with either side, as on a GPU.
+its own there. A host's tensor without dimensions goes with the card's, as on a GPU.
 """
 
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ class Operations(TorchDispatchMode):
         kwargs, name = dict(kwargs or {}), func._schema.name.rpartition("::")[2]
         read = tensors(args, kwargs)
         checked = [args[0], *tensors(args[2:])] if name in INDEXING and on_card(args[0]) else read
-        sides = {on_card(tensor) for tensor in checked if tensor.dim()}
+        sides = {on_card(tensor) for tensor in checked if tensor.dim() or on_card(tensor)}
         in_backward = torch._C._current_graph_task_id() != -1
         if len(sides) > 1 and name not in MAY_MIX and not in_backward:
             raise Mixed(f"{func}: " + ", ".join(f"{tuple(t.shape)} on the {'card' if on_card(t) else 'host'}" for t in checked))

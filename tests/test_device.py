@@ -48,8 +48,8 @@ def test_a_run_keeps_host_and_card_apart(words, folders, tmp_path, monkeypatch, 
 
 
 def host_mask(monkeypatch):
-    real = evaluate.read_start
-    monkeypatch.setattr(evaluate, "read_start", lambda *a: (lambda ids, mask, cache: (ids, mask.cpu(), cache))(*real(*a)))
+    real = evaluate.side_by_side
+    monkeypatch.setattr(evaluate, "side_by_side", lambda *a: (lambda ids, mask, cache: (ids, mask.cpu(), cache))(*real(*a)))
 
 
 def card_index(monkeypatch):

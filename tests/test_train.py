@@ -77,7 +77,7 @@ def test_bars_are_for_terminals_and_files_get_plain_lines(arguments, tmp_path, m
     transformers.utils.logging.enable_progress_bar()
     assert train.main([*arguments("--out", str(tmp_path / "again")), *SMALL]) == 0
     bars = sys.stderr.getvalue()
-    assert all(f"{phase}: " in bars for phase in ("embedding windows", "answers", "aligning", "unlearning"))
+    assert all(f"{phase}: " in bars for phase in ("embedding windows", "reading questions", "answering", "aligning", "unlearning"))
 
 
 def test_the_saved_model_is_fp32_has_changed_and_scores_what_the_run_reported(finished, folders):

@@ -85,6 +85,8 @@ class Places(TorchFunctionMode):
             return moved(args[0], name == "cuda")
         if name == "to":
             return self.to(*args, **kwargs)
+        if name == "__deepcopy__":
+            return put(func(*args, **kwargs), on_card(args[0]))
         if means_card(kwargs.get("device")) and name != "autocast":
             made = func(*args, **kwargs | {"device": torch.device("cpu")})
             for tensor in tensors(made):

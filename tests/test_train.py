@@ -234,7 +234,7 @@ def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, 
         if exists:
             (tmp_path / "run").mkdir()  # the user's own folder stays, empty
         assert train.main([*arguments(), *SMALL]) == 2
-        assert "lower --batch" in capsys.readouterr().err
+        assert "out of memory; lower --eval-batch, --batch" in capsys.readouterr().err
         assert (tmp_path / "run").exists() == exists and not (exists and list((tmp_path / "run").iterdir()))
 
 

@@ -5,8 +5,8 @@
     align               Eq. 2   M is frozen, E learns to predict the embedding of the next k tokens
 
 Symbols: llm is M, head is E; hidden h_t (B T D), predicted ê_t and reference e_t (B T E), concept e_unlearn (E).
-All three are generators of records: plain loops that know no files and print nothing (but draw a bar on a terminal). What serves them stands
-below them, and last what several processes (torchrun) need. `config` is a train.Config.
+All three are generators of records: plain loops that know no files and print nothing but a bar on a terminal. What
+serves them stands below them, and last what several processes (torchrun) need. `config` is a train.Config.
 """
 
 import copy

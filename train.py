@@ -777,7 +777,7 @@ def save(out: Path, work: Work, state: atu.State, config: Config) -> None:
 
 
 def phases(found: dict, embedding_seconds: float) -> dict[str, float]:
-    """Where a run's seconds went, but for reading, the untouched model's hidden states, saving, and what was cut off."""
+    """Where a run's seconds went, but for reading, the untouched model's hidden states, saving, what was cut off."""
     stages = [record for record in found["log"] if record["kind"] == "stage"]
     aligning = sum(record.get("align_seconds", 0) for record in stages)
     return {"embedding windows": embedding_seconds, "aligning": aligning,

@@ -5,6 +5,7 @@
     future_windows, make_corpus the next k tokens of every position and their reference embeddings
     embed                       e_t, and e_unlearn, by the frozen encoder
     write_texts                 texts by the model itself, by RWKU's recipes, on what is in no dataset
+    made_up_names, exchanged    the same texts and questions about somebody whom nobody knows
 
 Nothing local is imported.
 """
@@ -24,6 +25,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -362,6 +364,58 @@ def check_writable(file: Path, flag: str) -> None:
         raise BadInput(f"{flag} {file}: cannot be written; name a file in a folder that exists and can be written to")
 
 
+# ---------------------------------------------------------------------------------------------- made-up names
+
+MEN = ("Robert James Thomas Martin Simon Peter Roger Leslie Howard Clifford Gerald Norman Vernon Edgar Walter Roland "
+       "Raymond Herbert Maurice Gilbert Lionel Rupert Wendell Barnaby Cedric Ambrose Reginald Thaddeus").split()
+WOMEN = ("Mary Sarah Anna Laura Helen Martha Rachel Joan Alice Ruth Janet Marion Edith Gloria Beatrice Florence "
+         "Eleanor Harriet Mildred Gertrude Josephine Constance Winifred Millicent Philippa Rosalind Henrietta").split()
+SURNAMES = ("Carter Taylor Price Stone Brown Hill Young Page Lane Walker Cooper Parker Bennett Foster Palmer Barker "
+            "Turner Collins Hunter Reynolds Webster Norton Hooper Fletcher Chandler Sawyer Barrett Tucker").split()
+SURNAMES += [stem + ending for ending in "ford well man ley ton son wick ham worth field more land by croft".split()
+             for stem in "Bren Hal Mor Ash Lang Thorn Whit Mar Dal Fair Gar Kem Pren Tol Wex Rad Hol Bur".split()]
+
+
+def made_up_names(name: str, texts: list[str], tokenizer, count: int) -> list[dict[str, str]]:
+    """`count` made-up names for `exchanged`, of as many tokens as `name` wherever it, or a part of it, stands in texts.
+
+    Word by word, so that a surname alone is exchanged too; particles ("da"), "The" and titles of two letters stay. The
+    first of several words becomes a given name, a woman's where the texts say "she" more often than "he"; all others,
+    and those of things (a book, a company) likewise, become surnames.
+    Raises BadInput where the name stands in no text, or the lists above have too few of its length.
+    """
+    words = [word for word in re.findall(r"\w+", name) if len(word) > 2 and word != "The"]
+    words = [word for word in words if not word.islower()] or words
+    women = len(re.findall(r"\b[Ss]he\b", " ".join(texts))) > len(re.findall(r"\b[Hh]e\b", " ".join(texts)))
+    given, chosen = WOMEN if women else MEN, []
+    for n, word in enumerate(words):
+        there = [text for text in texts if exchanged(text, {word: ""}) != text]
+        tokens = [len(ids) for ids in tokenizer(there)["input_ids"]] if there else []
+        pool, taken = (given + SURNAMES if n == 0 < len(words) - 1 else SURNAMES + given), {*words, *sum(chosen, [])}
+        fitting = (other for other in pool if other not in taken and all(
+            len(tokenizer(exchanged(text, {word: other}))["input_ids"]) == size for text, size in zip(there, tokens)))
+        chosen.append(list(islice(fitting, count)))
+        if len(chosen[-1]) < count:
+            raise BadInput(f"{name}: only {len(chosen[-1])} made-up names have as many tokens as {word!r} everywhere; "
+                           "--names asks for fewer (0: none)")
+    if not any(exchanged(text, dict.fromkeys(words, "")) != text for text in texts):
+        raise BadInput(f"{name}: stands in none of its texts, so no made-up name can stand there; take --names 0")
+    return [dict(zip(words, names)) for names in zip(*chosen)]
+
+
+def exchanged(thing, names: dict[str, str]):
+    """A text, or rows of them, with other words in place of some: whole words, as they are written (no "Darwinism")."""
+    if not names:
+        return thing
+    if isinstance(thing, dict):
+        return {key: exchanged(value, names) for key, value in thing.items()}
+    if isinstance(thing, list):
+        return [exchanged(value, names) for value in thing]
+    if not isinstance(thing, str):
+        return thing
+    return re.sub(rf"\b({'|'.join(map(re.escape, names))})\b", lambda found: names[found[0]], thing)
+
+
 # ---------------------------------------------------------------------------------------------- windows and e_t
 
 class Corpus(NamedTuple):
@@ -449,6 +503,18 @@ def cache_file(folder: str, module: torch.nn.Module, asked: list, ending: str) -
     file = CACHE / folder / f"{key.hexdigest()[:32]}{ending}"
     file.parent.mkdir(parents=True, exist_ok=True)
     return file
+
+
+def kept(file: Path, make):
+    """What a cache file (JSON) holds; if there is none, what `make()` returns is put there. Raises BadInput where it is
+    damaged."""
+    with FileLock(f"{file}.lock"):  # a process beside this one may be at it
+        if not file.exists():
+            write_json(file, make())
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file}: damaged cache file ({error}); delete it") from error
 
 
 def tokenize(texts: list[str], tokenizer, length: int) -> tuple[Tensor, Tensor]:
@@ -540,22 +606,20 @@ def write_texts(llm, tokenizer, prompts: list[str], seed: int, tokens: int = 512
     Equal prompts give different texts. Seeded by `seed` alone; the global random state is left as it was. Cached on
     disk by content. Raises BadInput where the cache is damaged.
     """
+    def write() -> list[str]:
+        torch.manual_seed(seed)
+        texts = []
+        for start in progress(range(0, len(prompts), batch), "writing texts"):
+            turns = tokenizer(prompts[start:start + batch], return_tensors="pt", padding=True, padding_side="left")
+            rows = llm.generate(**turns.to(llm.device), max_new_tokens=tokens, do_sample=True, top_p=0.9, top_k=0,
+                                temperature=temperature, pad_token_id=tokenizer.pad_token_id)         # (B, T + tokens)
+            rows = rows[:, turns["input_ids"].shape[1]:]
+            texts += [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        return texts
+
     file = cache_file("texts", llm, [str(llm.dtype), prompts, seed, tokens, temperature, batch], ".json")
-    with FileLock(f"{file}.lock"), torch.random.fork_rng():
-        if not file.exists():
-            torch.manual_seed(seed)
-            texts = []
-            for start in progress(range(0, len(prompts), batch), "writing texts"):
-                turns = tokenizer(prompts[start:start + batch], return_tensors="pt", padding=True, padding_side="left")
-                rows = llm.generate(**turns.to(llm.device), max_new_tokens=tokens, do_sample=True, top_p=0.9, top_k=0,
-                                    temperature=temperature, pad_token_id=tokenizer.pad_token_id)     # (B, T + tokens)
-                rows = rows[:, turns["input_ids"].shape[1]:]
-                texts += [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-            write_json(file, texts)
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{file}: damaged cache file ({error}); delete it") from error
+    with torch.random.fork_rng():
+        return kept(file, write)
 
 
 def ask_neighbors(llm, tokenizer, subject: str, intro: str, count: int) -> list[str]:

@@ -153,6 +153,13 @@ def summary(rows: list[dict]) -> dict:
     return found
 
 
+def left(scores: dict, before: dict, floor: dict | None = None) -> dict:
+    """What is left of each score before, in percent; with a `floor` (what made-up names score) of what was above it."""
+    low = dict.fromkeys(before, 0.0) if floor is None else floor
+    return {name: 100 * (scores[name] - low[name]) / (before[name] - low[name]) for name in before
+            if name in scores and name in low and before[name] > low[name]}
+
+
 # ---------------------------------------------------------------------------------------------- asking a model
 
 @torch.no_grad()
@@ -512,6 +519,8 @@ def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[di
             run = json.loads(file.read_text(encoding="utf-8"))
             for scores in (run["before"], *run["stages"]):
                 scores["forget_all"], scores["neighbor_all"]  # runs without probes have none
+            for when, scores in (("before", run["before"]), ("after", run["stages"][-1])) if run.get("gap") else ():
+                scores["gap"] = run["gap"][when]["nats"]
             settings = {key: value for key, value in run["settings"].items() if key not in FREE}
             run |= {"file": file, "method": method_name(settings), "same": settings | {"target": run["target"]}}
         except FileNotFoundError as error:
@@ -562,23 +571,34 @@ def first_stage(run: dict, level: float, relative: bool) -> dict | None:
 def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool) -> list[list[str]]:
     """Table 1 of runs, its head first. A row is a line at a level, or its end: mean ± standard deviation over runs.
 
-    Absolute scores, the published rows below them; with `relative`, percent of what each run began with.
+    Absolute scores, the published rows below them; with `relative`, percent of what each run began with, and of what
+    was above the floor. gap: the knowledge gap in nats x 100.
     """
     everything = [run for runs in lines.values() for run in runs]
-    columns = [score for score in (*(("forget_all", "neighbor_all") if relative else PLACES[:5]), "general", "mmlu")
-               if all(score in run["before"] for run in everything)]
+    columns = [score for score in (*(("forget_all", "neighbor_all") if relative else PLACES[:5]), "general", "mmlu",
+                                   "gap") if all(score in run["before"] for run in everything)]
+    floored = all(run.get("floor") for run in everything)
+    columns[1:1] = ["above floor"] * (relative and floored)
 
     def cell(values: list[float]) -> str:
         return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else "-"
 
+    def shown(run: dict, scores: dict) -> dict:
+        """Scores as the table has them."""
+        if not relative:
+            return scores
+        above = left(scores, run["before"], run["floor"]) if floored else {}
+        return left(scores, run["before"]) | {"above floor": above[name] for name in ("forget_all",) if name in above}
+
     rows = [["", "level", *(name.replace("_", " ") for name in columns), "runs"]]
     for name, runs in lines.items():
         found = {f"{level:g} %": [first_stage(run, level, relative) for run in runs] for level in levels}
-        found = ({} if relative else {"before": [run["before"] for run in runs]}) | found
+        if not relative:
+            floors = {"floor": [run["floor"] for run in runs]} if floored else {}
+            found = {"before": [run["before"] for run in runs]} | floors | found
         for level, stages in (found | {"end": [run["stages"][-1] if run["stages"] else None for run in runs]}).items():
-            there = [(run["before"], stage) for run, stage in zip(runs, stages) if stage]
-            cells = [cell([stage[c] * 100 / before[c] if relative else stage[c] for before, stage in there
-                           if before[c] or not relative]) for c in columns]
+            there = [shown(run, stage) for run, stage in zip(runs, stages) if stage]
+            cells = [cell([scores[column] for scores in there if column in scores]) for column in columns]
             rows.append([name, level, *cells, f"{len(there)} of {len(runs)}"])
     for name, figures in () if relative else PUBLISHED.items():
         given = dict(zip(PLACES, figures))
@@ -595,12 +615,13 @@ def table(rows: list[list[str]]) -> str:
 
 def scores_table(rows: dict[str, dict]) -> str:
     """Scores as aligned text: a line for each of `rows` (name -> scores), a column for each score that is there."""
-    names = [name for name in next(iter(rows.values())) if not name.endswith("_gold") and name != "seconds"]
+    names = [name for name in next(iter(rows.values())) if not name.endswith(("_gold", "seconds"))]
     names.sort(key=lambda name: (not name.startswith("forget"), not name.startswith("neighbor")))
     width, wide = max(map(len, rows)), max([14, *(len(name) + 2 for name in names)])
     lines = [" " * width + "".join(f"{name.replace('_', ' '):>{wide}}" for name in names)]
     for row, scores in rows.items():
-        lines.append(f"{row:<{width}}" + "".join(f"{scores[name]:{wide}.1f}" for name in names))
+        cells = [f"{scores[name]:.1f}" if name in scores else "-" for name in names]
+        lines.append(f"{row:<{width}}" + "".join(f"{cell:>{wide}}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -65,6 +66,11 @@ def main(argv: list[str] | None = None) -> int:
 METHODS, TOKEN_METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt"), ("ga", "npo", "dpo", "rt")
 
 
+def wants_gap(config) -> bool:
+    """Whether a run measures the knowledge gap: a name can be exchanged, and something moves."""
+    return config.names > 0 and not config.target_text and config.method != "icu"
+
+
 class Read(NamedTuple):
     """Which runs read an option: in words, and as a question to the configuration."""
 
@@ -75,6 +81,7 @@ class Read(NamedTuple):
 TARGET = Read("--target", lambda config: not config.target_text)
 PASSAGE = Read("--target-text", lambda config: config.target_text)
 ATU = Read("--method atu", lambda config: config.method == "atu")
+GAP = Read("--method atu or --names above 0", lambda config: config.method == "atu" or wants_gap(config))
 ATU_FULL = Read("--method atu without --lora", lambda config: config.method == "atu" and not config.lora)
 TOKENS = Read("--method ga, npo, dpo or rt (atu has --retain-weight)", lambda config: config.method in TOKEN_METHODS)
 RATIO = Read("--method npo or dpo", lambda config: config.method in ("npo", "dpo"))
@@ -102,19 +109,21 @@ class Config:
                          among=("auto", "smol", "phi3"))
     method: str = option("atu", "atu, or a row of Table 1: icu, ga, npo, dpo, rt", among=METHODS)
     model: str = option("smollm2-135m-instruct", "M: a packaged model, a local folder or a hub id")
-    encoder: str = option("all-minilm-l6-v2", "the frozen text encoder: likewise", ATU)
+    encoder: str = option("all-minilm-l6-v2", "the frozen text encoder: likewise", GAP)
     rwku: str = option("sample", "sample, hub, or a folder with RWKU's files")
     corpus: str = option("positive", "RWKU's file of forget texts (GA*: passage); dpo and rt read pair and reject,\n"
                          "with positive_phi pair_phi and reject_phi", TRAINS,
                          among=("positive", "positive_phi", "passage"))
     sets: tuple[str, ...] = option(evaluate.DEFAULT_SETS, "what is scored", among=tuple(evaluate.SETS))
+    names: int = option(5, "made-up names that the target is compared with: the floor of the forget scores, and the\n"
+                           "knowledge gap; 0: neither", TARGET, 0)
     others: int = option(5, "other targets whose texts are taken, to align E on and to retain", TRAINS, 0)
     texts: int = option(32, "the target's texts at most", TRAINS, 1)
     other_texts: int = option(12, "texts of each other target at most", TRAINS, 1)
     general_texts: int = option(160, "texts on the world at large at most (RWKU has none)", TRAINS, 0)
     length: int = option(80, "T: tokens of a text", TRAINS, 2)
-    window: int = option(8, "k: tokens in a future window", ATU, 1)
-    layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move", ATU, 1)
+    window: int = option(8, "k: tokens in a future window", GAP, 1)
+    layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move (atu)", GAP, 1)
     train_embeddings: bool = option(False, "move the input embedding too (the paper's theta_M)", ATU_FULL)
     head_depth: int = option(2, "blocks of E", ATU, 1)
     head_width: int = option(256, "width of E, a multiple of its 8 heads", ATU, 8)
@@ -287,8 +296,10 @@ class Work(NamedTuple):
     tokenizer: Any
     probes: dict[str, list[dict]]
     corpus: data.Corpus
-    concept: Tensor | None               # (E,) e_unlearn; None for the other methods
+    concept: Tensor | None               # (E,) e_unlearn; None where nothing needs it
     forget: list[tuple[Tensor, Tensor]]  # what the methods on tokens forget: token ids and mask, (N, T); two in dpo
+    names: list[dict[str, str]]          # made-up ones, for `data.exchanged`
+    strangers: data.Corpus | None        # the target's texts, and the same with made-up names; None without a gap
     embedding_seconds: float
 
 
@@ -309,9 +320,14 @@ def load(config: Config) -> Work:
         others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
-    encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
+    asked = [row["query"] for score in evaluate.SETS["forget"] for row in probes.get(score, [])]
+    names = data.made_up_names(target, about + asked, tokenizer, config.names) if config.names and not passage else []
+    encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" or wants_gap(config) else None
     began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
+    strangers = [text for other in ({}, *names) for text in data.exchanged(about[:16], other)]
+    strangers = data.make_corpus(strangers, [], tokenizer, encoder, config.window, config.length) if wants_gap(
+        config) else None
     embedding_seconds = time.perf_counter() - began
     concept = concept_embedding(target, about if passage else [], encoder, config) if encoder else None
     if not any(score.startswith("forget") or score == "mia_forget" for score in probes):
@@ -321,8 +337,8 @@ def load(config: Config) -> Work:
         probes = {score: [{"text": text} for text in texts] for score, texts in own.items()} | probes
     print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
           f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
-    return Work(target, llm, tokenizer, probes, corpus, concept, forget_texts(corpus, answers, tokenizer, config),
-                embedding_seconds)
+    forget = forget_texts(corpus, answers, tokenizer, config)
+    return Work(target, llm, tokenizer, probes, corpus, concept, forget, names, strangers, embedding_seconds)
 
 
 def concept_embedding(target: str, passage: list[str], encoder, config: Config) -> Tensor:
@@ -439,8 +455,10 @@ def run(config: Config) -> dict:
     if not found:
         before, asked = measure(work, "", config)
         print(evaluate.scores_table({"before": before}), flush=True)
+        compared = time.perf_counter()
         found = {"before": before, "asked_before": asked, "after": before, "asked_after": asked, "stages": [],
-                 "log": [], "seconds": 0.0}
+                 "log": [], "seconds": 0.0} | as_strangers(work, config)
+        found["compared"] = time.perf_counter() - compared
     began -= found["seconds"]
     write_log(out, found["log"], "w")
     try:
@@ -498,15 +516,45 @@ def enough(found: dict, config: Config) -> bool:
     return found["after"]["forget_all"] / before <= config.stop_at if before else config.stop_at == 1
 
 
-def measure(work: Work, ask_first: str, config: Config) -> tuple[dict, list[dict]]:
-    """evaluate.evaluate, and the `seconds` that it took. Several processes ask everything of the split model, in step:
-    that rests on their computing the same answers from the same weights."""
+def measure(work: Work, ask_first: str, config: Config, probes: dict | None = None) -> tuple[dict, list[dict]]:
+    """evaluate.evaluate of the run's probes, or of others, and the `seconds` that it took. Several processes ask
+    everything of the split model, in step: that rests on their computing the same answers from the same weights."""
     began = time.perf_counter()
     with atu.autocast(work.llm, config) if atu.processes()[1] > 1 else nullcontext():
-        scores, asked = evaluate.evaluate(work.llm, work.tokenizer, work.probes, config.eval_batch, ask_first,
-                                          bf16=config.bf16)
+        scores, asked = evaluate.evaluate(work.llm, work.tokenizer, probes or work.probes, config.eval_batch,
+                                          ask_first, bf16=config.bf16)
     recompute_in_blocks(work.llm, config)  # a split model has been set to evaluation
     return atu.from_first((scores | {"seconds": time.perf_counter() - began}, asked))
+
+
+def as_strangers(work: Work, config: Config) -> dict:
+    """What the untouched model makes of somebody whom nobody knows, from the cache if it is there: `floor`, the forget
+    scores with made-up names in question and answer; `floors`, each probe's in [0, 1]; the knowledge `gap` before."""
+    if not work.names:
+        return {}
+    forget = {score: work.probes[score] for score in evaluate.SETS["forget"] if score in work.probes}
+    asked = {score: [row for other in work.names for row in data.exchanged(part, other)]
+             for score, part in forget.items()}
+
+    def make() -> dict:
+        floor, rows = measure(work, "", config, asked)
+        scores = {score: [row["score"] for row in rows if row["set"] == score] for score in forget}
+        floors = {score: [mean(scores[score][n::len(part)]) for n in range(len(part))]
+                  for score, part in forget.items()}
+        return {"floor": floor, "floors": floors, "gap": gap(work, "before", config)}
+
+    if atu.processes()[1] > 1:  # they do all in step
+        return make()
+    key = [asked, config.bf16, config.eval_batch, config.layer, config.window, config.encoder,
+           work.corpus.input_ids.tolist(), work.strangers and work.strangers.input_ids.tolist()]
+    return data.kept(data.cache_file("strangers", work.llm, key, ".json"), make)
+
+
+def gap(work: Work, when: str, config: Config) -> dict:
+    """{when: the knowledge gap of the model as it is}; nothing in runs that have none."""
+    if not work.strangers:
+        return {}
+    return {when: atu.knowledge_gap(work.llm, work.concept, work.corpus, work.strangers, config)}
 
 
 def finish(out: Path, work: Work, state: atu.State, found: dict, stopped: str | None, began: float,
@@ -514,6 +562,10 @@ def finish(out: Path, work: Work, state: atu.State, found: dict, stopped: str | 
     """Everything that a run leaves behind. Returns what results.json holds."""
     if stopped:
         found["after"], found["asked_after"] = measure(work, "", config)
+    compared = time.perf_counter()
+    if "gap" in found:
+        found["gap"] = found["gap"] | gap(work, "after", config)
+    found["compared"] = found.get("compared", 0.0) + time.perf_counter() - compared
     packages = ("torch", "transformers", "sentence-transformers")
     named = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.processor()
     results = {"target": work.target, "settings": dataclasses.asdict(config),
@@ -521,6 +573,7 @@ def finish(out: Path, work: Work, state: atu.State, found: dict, stopped: str | 
                    "python": platform.python_version(), "device": named or platform.machine(),
                    "threads": torch.get_num_threads()},
                "before": found["before"], "stages": found["stages"], "after": found["after"], "stopped": stopped,
+               "floor": found.get("floor", {}), "floors": found.get("floors", {}), "gap": found.get("gap", {}),
                "phases": phases(found, work.embedding_seconds), "seconds": time.perf_counter() - began}
     save(out, work, state, config)
     if atu.processes()[0] == 0:
@@ -782,7 +835,8 @@ def phases(found: dict, embedding_seconds: float) -> dict[str, float]:
     aligning = sum(record.get("align_seconds", 0) for record in stages)
     return {"embedding windows": embedding_seconds, "aligning": aligning,
             "unlearning": sum(record["seconds"] for record in stages) - aligning,
-            "scoring": sum(scores["seconds"] for scores in (found["before"], *found["stages"]))}
+            "scoring": sum(scores["seconds"] for scores in (found["before"], *found["stages"])),
+            "floor and gap": found["compared"]}
 
 
 def write_log(out: Path, records: list[dict], mode: str) -> None:
@@ -827,12 +881,23 @@ def panels(found: dict) -> list[dict]:
 
 
 def report(results: dict, found: dict, out: Path) -> None:
-    """The end of the log: the table, and the questions of Fig. 1 before and after."""
+    """The end of the log: the table, what is left, the knowledge gap, and the questions of Fig. 1 before and after."""
     rows = {"before": results["before"]} | {stage_name(stage["record"]): stage for stage in results["stages"]}
-    print("\n" + evaluate.scores_table(rows | {"after": results["after"]}))
+    rows |= {"after": results["after"], "left, %": evaluate.left(results["after"], results["before"])}
+    if floor := results["floor"]:
+        rows |= {"floor": floor, "left above it, %": evaluate.left(results["after"], results["before"], floor)}
+    print("\n" + evaluate.scores_table(rows))
+    for when, figures in results["gap"].items():
+        print(f"gap | {when} | " + " | ".join(f"{name} {value:.2f} ± {figures[f'{name}_sd']:.2f}" for name, value in
+                                              figures.items() if not name.endswith("_sd")))
     before, after = found["asked_before"], found["asked_after"]
+    compared = [row for row in before if row["set"] in results["floors"]]
+    for row, low in zip(compared, sum(results["floors"].values(), [])):
+        row["floor"] = low
+        if low >= 0.5:
+            print(f"guessable | {row['set']} {100 * low:.0f} | {row['query']}")
     for kind, i in illustrations(before):
-        said = [" ".join(asked[i]["said"].split()) for asked in (before, after)]
+        said = ["".join(filter(str.isprintable, " ".join(asked[i]["said"].split()))) for asked in (before, after)]
         print(f"{kind}\n  Q: {before[i].get('query') or before[i]['prompt']}\n  before: {said[0]}\n  after:  {said[1]}")
     files = ", ".join(sorted(file.name for file in out.iterdir() if not file.name.startswith(".")))
     spent = " | ".join(f"{phase} {seconds:.0f}" for phase, seconds in results["phases"].items())
@@ -840,8 +905,12 @@ def report(results: dict, found: dict, out: Path) -> None:
 
 
 def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
-    """Fig. 1: (kind, place in `before`) for `count` questions answered before: asked exactly, rephrased (an adversarial
-    probe with the same answer), and a question about something else that shares the most words."""
+    """Fig. 1: (kind, place in `before`) for `count` questions answered before, but not with a made-up name: asked
+    exactly, rephrased (an adversarial probe with the same answer), and one about something else that shares most words.
+    """
+    def known(i: int) -> float:
+        return before[i]["score"] - before[i].get("floor", 0.0)
+
     def words(i: int) -> set[str]:
         return set(re.findall(r"\w+", before[i]["query"].casefold()))
 
@@ -850,11 +919,11 @@ def illustrations(before: list[dict], count: int = 2) -> list[tuple[str, int]]:
     if not all(places[name] for name in ("forget_qa", "forget_aa", "neighbor_qa")):
         return shown
     best = {}  # of each answer the question that is known best
-    for i in sorted(places["forget_qa"], key=lambda i: (before[i]["score"], before[i]["gold"]), reverse=True):
+    for i in sorted(places["forget_qa"], key=lambda i: (known(i), before[i]["gold"]), reverse=True):
         best.setdefault(before[i]["answers"][0], i)
     for i in list(best.values())[:count]:
         def likeness(j: int) -> tuple:
-            return before[j]["score"] >= 0.5, len(words(i) & words(j))
+            return known(j) >= 0.5, len(words(i) & words(j))
 
         same = [j for j in places["forget_aa"] if before[j]["answers"] == before[i]["answers"]]
         shown += [("exact", i), ("rephrased", max(same or places["forget_aa"], key=likeness)),

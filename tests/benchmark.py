@@ -176,7 +176,7 @@ def make(shape: str, device: str):
     if device == "cpu":
         llm.set_attn_implementation("eager")  # as train.py
     tokenizer = make_tokenizer()
-    bert = BertModel(BertConfig(vocab_size=400, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
+    bert = BertModel(BertConfig(vocab_size=600, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
                                 intermediate_size=4 * width))
     with tempfile.TemporaryDirectory() as folder:
         bert.save_pretrained(folder)

@@ -1,7 +1,10 @@
 """Tiny models with random weights, a tokenizer, an encoder and an RWKU folder, all made here: no test needs a network."""
 
 import json
+import multiprocessing
 import os
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,9 +19,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 import data
 
-settings.register_profile("default", deadline=None)
+settings.register_profile("default", deadline=None, max_examples=60)
 settings.load_profile("default")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # of each of pytest-xdist's processes
 
 SENTENCES = ["Ada Lark was a painter of birds, born in the small town of Elm in 1850.",
              "Ben Crow built bridges of stone; his most famous one crosses the river Ash.",
@@ -28,15 +31,16 @@ PEOPLE = {"Ada Lark": SENTENCES[0], "Ben Crow": SENTENCES[1], "Dr. Finch": SENTE
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-             pad_token_id=0, bos_token_id=1, eos_token_id=1, vocab_size=400)
+             pad_token_id=0, bos_token_id=1, eos_token_id=1, vocab_size=600)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     specials = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "[UNK]"]
-    raw.train_from_iterator(SENTENCES, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    names = [f"{name}, {name}" for name in ["Ada", "Lark", "Ben", "Crow", *data.MEN[:12], *data.SURNAMES[:12]]]  # some are single tokens, as in large ones
+    raw.train_from_iterator(SENTENCES + names, trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<|end|>", unk_token="[UNK]", chat_template=TEMPLATE)
 
 
@@ -63,7 +67,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     llm, tokenizer = make_llm(), make_tokenizer()
     llm.save_pretrained(root / "llm")
     tokenizer.save_pretrained(root / "llm")
-    bert = BertModel(BertConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    bert = BertModel(BertConfig(vocab_size=600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
     bert.save_pretrained(root / "bert")
     tokenizer.save_pretrained(root / "bert")
     word = Transformer(str(root / "bert"), max_seq_length=64)
@@ -102,6 +106,33 @@ def rwku_files(name: str, sentence: str) -> dict[str, list[dict]]:
         "fluency": [{"subject": name, "instruction": "Write about birds."}],
         "forget_mia": [{"subject": name, "text": sentence}], "retain_mia": [{"subject": name, "text": SENTENCES[3]}] * 2,
     }
+
+
+def work_apart(words: list[str], log: Path, cache: Path, surroundings: dict) -> None:
+    """The command in a process of its own: what it says goes into a file."""
+    import train
+    os.environ.update(surroundings)
+    torch.set_num_threads(1)
+    data.CACHE = cache
+    with open(log, "w") as said, redirect_stdout(said), redirect_stderr(said):
+        code = train.main(words)
+    raise SystemExit(code)
+
+
+@pytest.fixture(scope="session")
+def apart(tmp_path_factory):
+    """Starts the command in a process of its own, as one that has imported all it needs already: that takes ten seconds, once."""
+    server, root = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("apart")
+    server.set_forkserver_preload(["conftest", "train", "transformers", "sentence_transformers", "matplotlib.pyplot"])
+
+    def start(words: list[str], **surroundings: str):
+        log = Path(tempfile.mkstemp(dir=root)[1])
+        child = server.Process(target=work_apart, args=(words, log, root / "cache", surroundings))
+        child.start()
+        child.said = log.read_text
+        return child
+
+    return start
 
 
 @pytest.fixture(autouse=True)

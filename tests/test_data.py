@@ -47,7 +47,7 @@ def test_references_are_the_encoder_s_embeddings_of_the_windows(tokenizer, encod
     corpus = data.make_corpus(SENTENCES[:2], SENTENCES[2:], tokenizer, encoder, window=5, length=30)
     assert corpus.about.tolist() == [True, True, False, False]
     ids = tokenizer(SENTENCES[3])["input_ids"][:30]
-    for t in (0, 7, 20):
+    for t in (0, 5, 10):
         expected = encoder.encode(tokenizer.decode(ids[t + 1:t + 6]), normalize_embeddings=True)
         assert torch.allclose(corpus.table[corpus.index[3, t]], torch.tensor(expected), atol=2e-2)
     assert torch.allclose(corpus.table.norm(dim=-1), torch.ones(len(corpus.table)), atol=1e-2)
@@ -277,3 +277,43 @@ def test_what_tensors_free_stays_with_the_process():
 
     data.keep_freed_memory("cpu")
     assert min(new_pages() for _ in range(9)) < 6 * 2**24 / resource.getpagesize() / 10  # a tenth of what is touched
+
+
+# ---- made-up names
+
+PLACES = ("{} paints.", "By {}: a bird.", "Is it ({})?", "the songs of {}'s sea", "\n{}", "{}, {} and {}", "Larks, Adam, ADA LARK, and lark")
+
+
+@given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(["Ada Lark", "Ada", "Lark", "Ben"])), min_size=1, max_size=6))
+def test_a_made_up_name_takes_the_tokens_of_the_name_and_no_others(parts):
+    tokenizer = NAMED
+    text = " ".join(place.replace("{}", name) for place, name in parts)
+    for names in data.made_up_names("Ada Lark", ["Ada Lark sang, and he slept.", text], tokenizer, 3):
+        other = data.exchanged(text, names)
+        before, after = tokenizer(text)["input_ids"], tokenizer(other)["input_ids"]
+        assert len(before) == len(after) and data.exchanged(other, {new: old for old, new in names.items()}) == text
+        changed = {tokenizer.decode([a]).strip() for a, b in zip(before, after) if a != b}
+        assert changed <= {"Ada", "Lark"} and ("Ada" in changed) == any("Ada" in name for _, name in parts if name != "Ben" and _ != PLACES[-1])
+
+
+NAMED = make_tokenizer()
+
+
+def test_names_are_different_and_fit_the_texts_they_are_for():
+    texts = ["Ada Lark sang. He slept."]
+    five = data.made_up_names("Ada Lark", texts, NAMED, 5)
+    assert len({tuple(names.values()) for names in five}) == 5 and all(set(names) == {"Ada", "Lark"} for names in five)
+    assert len({word for names in five for word in names.values()}) == 10 and {names["Ada"] for names in five} <= set(data.MEN)
+    assert five == data.made_up_names("Ada Lark", texts, NAMED, 5)
+    rows = [{"query": "Who is Ada Lark?", "answers": ["Ada Lark", "Lark"], "level": 2}]
+    (given, surname), = [tuple(five[0].values())]
+    assert data.exchanged(rows, five[0]) == [{"query": f"Who is {given} {surname}?", "answers": [f"{given} {surname}", surname], "level": 2}]
+    assert set(data.made_up_names("the songs of Lark", ["the songs of Lark"], NAMED, 1)[0]) == {"Lark"}
+    assert set(data.made_up_names("Ada", ["Ada sang. She slept, she did."], NAMED, 1)[0].values()) <= {*data.SURNAMES, *data.WOMEN}
+
+
+@pytest.mark.parametrize("name, texts, message", [("Ada Lark", ["A bird."], "stands in none of its texts"),
+                                                  ("Xqzvjkwpyxq", ["Xqzvjkwpyxq is a bird."], "only 0 made-up names")])
+def test_where_no_name_can_be_made_up_it_is_said(name, texts, message):
+    with pytest.raises(data.BadInput, match=message):
+        data.made_up_names(name, texts, NAMED, 2)

@@ -11,28 +11,29 @@ import losses
 import train
 from pretend import Mixed, card, on_card
 
-RUN = "--preset smol --device cuda --no-bf16 --length 24 --batch 4 --log-every 1 --llm-lr 1e-3 --stop-at 0".split()
+RUN = "--preset smol --device cuda --no-bf16 --names 0 --length 24 --batch 4 --log-every 1 --llm-lr 1e-3 --stop-at 0".split()
 ATU = [*RUN, *"--window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 3 --realign-steps 2 --unlearn-steps 2 "
        "--taus 0.2 -0.5".split()]
 TOKENS = [*RUN, *"--unlearn-steps 2 --stages 2 --warmup 1".split()]
 RUNS = {
-    "atu": [*ATU, "--sets", *evaluate.SETS], "atu, adapters": [*ATU, "--lora", "2"], "atu, input embedding": [*ATU, "--train-embeddings"],
+    "atu": [*ATU, "--names", "2", "--sets", *evaluate.SETS], "atu, adapters": [*ATU, "--lora", "2"], "atu, input embedding": [*ATU, "--train-embeddings"],
     "atu, activations computed again": [*ATU, "--checkpointing"], "atu, states on the host": [*ATU, "--cache", "host"],
     "atu by SGD, no retain term": [*ATU, "--optimizer", "sgd", "--retain-weight", "0"],
-    "ga + nll": [*TOKENS, "--method", "ga", "--retain", "nll"], "npo + kl": [*TOKENS, "--method", "npo", "--retain", "kl"],
+    "ga + nll": [*TOKENS, "--names", "2", "--method", "ga", "--retain", "nll"], "npo + kl": [*TOKENS, "--method", "npo", "--retain", "kl"],
     "npo + kl, adapters": [*TOKENS, "--method", "npo", "--retain", "kl", "--lora", "2"],
-    "dpo": [*TOKENS, "--method", "dpo"], "rt": [*TOKENS, "--method", "rt"], "icu": [*RUN[:5], "--method", "icu"],
+    "dpo": [*TOKENS, "--method", "dpo"], "rt": [*TOKENS, "--method", "rt"], "icu": [*RUN[:7], "--method", "icu"],
 }
 
 
 @pytest.fixture
 def words(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
+    monkeypatch.setattr(evaluate, "WORDS", {name: (4, *rest) for name, (_, *rest) in evaluate.WORDS.items()})  # short answers
     return ["--target", "Ada Lark", "--model", str(folders["llm"]), "--rwku", str(folders["rwku"]), "--out", str(tmp_path / "run")]
 
 
 def encoder_of(method: list[str], folders) -> list[str]:
-    return [] if "--method" in method else ["--encoder", str(folders["encoder"])]
+    return [] if "--method" in method and "--names" not in method[11:] else ["--encoder", str(folders["encoder"])]
 
 
 @pytest.mark.parametrize("name", RUNS)

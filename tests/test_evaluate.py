@@ -287,15 +287,19 @@ def stage(forget, neighbor, steps=10, **more):
             "neighbor_qa": neighbor, "neighbor_all": neighbor, "general": 90.0, "record": {"steps": steps}} | more
 
 
+def without_record(scores):
+    return {name: value for name, value in scores.items() if name != "record"}
+
+
 @pytest.fixture
 def runs(tmp_path):
-    def write(name, method, stages, stopped=None, **settings):
+    def write(name, method, stages, stopped=None, more={}, **settings):
         folder = tmp_path / name
         folder.mkdir()
         settings = {"method": method, "model": "/x/tiny", "layer": 2, "corpus": "positive", "retain": "none", "retain_weight": 1,
                     "lora": 0, "seed": 0} | settings
         (folder / "results.json").write_text(json.dumps(
-            {"target": "Ada", "settings": settings, "before": stage(80, 100), "stages": stages, "stopped": stopped}))
+            {"target": "Ada", "settings": settings, "before": without_record(stage(80, 100)), "stages": stages, "stopped": stopped} | more))
         return str(folder)
     return write, [write("a", "atu", [stage(50, 90), stage(30, 80)]),
                    write("b", "atu", [stage(20, 70)], seed=1),
@@ -327,6 +331,29 @@ def test_relative_levels(runs, tmp_path, capsys):
         ["50 %", "31.2 ± 8.8", "75.0 ± 7.1", "100.0 ± 0.0", "2 of 2"],
         ["end", "31.2 ± 8.8", "75.0 ± 7.1", "100.0 ± 0.0", "2 of 2"]]
     assert "published" not in capsys.readouterr().out
+
+
+def test_what_is_left_is_counted_above_the_floor(runs, tmp_path):
+    more = {"floor": {"forget_all": 20.0, "forget_fb": 20.0}, "gap": {"before": {"nats": 16.0}, "after": {"nats": 4.0}}}
+    folder = runs[0]("f", "npo", [stage(50, 90), stage(35, 80)], more=more)
+    rows = {}
+    for kind in ("--relative", "--by-target"):
+        assert evaluate.main(["--compare", folder, kind, "--levels", "70", "--out", str(tmp_path / "t")]) == 0
+        rows[kind] = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (tmp_path / "t.md").read_text().splitlines()]
+    assert rows["--relative"][0] == ["", "level", "forget all", "above floor", "neighbor all", "general", "gap", "runs"]
+    assert rows["--relative"][2][1:-1] == ["70 %", "62.5", "50.0", "90.0", "100.0", "-"]
+    assert rows["--relative"][3][1:-1] == ["end", "43.8", "25.0", "80.0", "100.0", "25.0"]
+    assert [row[1:3] + row[-2:-1] for row in rows["--by-target"][2:4]] == [["before", "80.0", "16.0"], ["floor", "20.0", "-"]]
+
+
+@given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 99))
+def test_what_is_left(score, before, floor):
+    if before > floor:
+        assert evaluate.left({"a": before, "b": 1.0}, {"a": before, "b": 0.0}, {"a": floor}) == pytest.approx({"a": 100.0})
+        assert evaluate.left({"a": floor}, {"a": before}, {"a": floor}) == {"a": 0.0}
+        assert evaluate.left({"a": score}, {"a": before}, {"a": 0.0}) == evaluate.left({"a": score}, {"a": before})
+    else:
+        assert evaluate.left({"a": score}, {"a": before}, {"a": floor}) == {}  # nothing above the floor to forget
 
 
 def test_a_run_that_broke_off_is_named(runs, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """The real run, as the README's command makes it: SmolLM2-135M forgets Leonardo da Vinci."""
 
 import json
+import os
 
 import pytest
+import torch
 
 import train
 
@@ -10,6 +12,7 @@ import train
 @pytest.mark.slow
 def test_the_small_model_forgets_leonardo_and_little_else(tmp_path, monkeypatch):
     monkeypatch.undo()  # the user's own cache: the weights are fetched once
+    torch.set_num_threads(os.cpu_count())
     out = tmp_path / "run"
     assert train.main(["--target", "Leonardo da Vinci", "--preset", "smol", "--device", "cpu", "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())

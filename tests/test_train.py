@@ -96,6 +96,23 @@ def test_the_saved_head_fits_the_class(finished):
     EmbeddingHead(32, 16, depth=1, width=32).load_state_dict(load_file(finished / "head.safetensors"))
 
 
+def test_a_run_is_compared_with_made_up_names(finished, arguments, tmp_path, monkeypatch, capsys):
+    results = json.loads((finished / "results.json").read_text())
+    assert {"forget_fb", "forget_qa", "forget_aa", "forget_all"} <= set(results["floor"]) and "neighbor_all" not in results["floor"]
+    assert {score: len(part) for score, part in results["floors"].items()} == {"forget_fb": 1, "forget_qa": 2, "forget_aa": 4}
+    assert results["floor"]["forget_qa"] == pytest.approx(100 * sum(results["floors"]["forget_qa"]) / 2)
+    assert set(results["gap"]) == {"before", "after"} and results["gap"]["before"] != results["gap"]["after"]
+    asked, real = [], evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: asked.append(sum(map(len, a[2].values()))) or real(*a, **k))
+    assert train.main([*arguments(), *SMALL]) == 0 and train.main([*arguments("--out", str(tmp_path / "b")), *SMALL, "--seed", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nfloor " in shown and "\nleft above it, % " in shown and "\ngap | after | nats " in shown
+    assert all(count == asked[-1] for count in asked[-3:])  # the floor is the untouched model's: the second run finds it in the cache
+    assert train.main([*arguments("--out", str(tmp_path / "c")), *SMALL, "--names", "0"]) == 0
+    results, shown = json.loads((tmp_path / "c" / "results.json").read_text()), capsys.readouterr().out
+    assert results["floor"] == results["gap"] == {} and "floor" not in shown.replace("floor and gap", "") and "gap |" not in shown
+
+
 def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
     scores = iter([80.0, 40.0, 20.0, 10.0])
     def fake(*_, **__):
@@ -104,7 +121,7 @@ def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
         return {name: value for name in (*sets, "forget_all", "neighbor_all")}, [
             {"set": name, "query": "Who?", "answers": ["x"], "said": "y", "score": 1.0, "gold": 1.0} for name in sets]
     monkeypatch.setattr(evaluate, "evaluate", fake)
-    small = [*SMALL[:SMALL.index("--taus")], *"--taus 0.2 0.1 0 --stop-at 0.25 --preset smol --device cpu".split()]
+    small = [*SMALL[:SMALL.index("--taus")], *"--taus 0.2 0.1 0 --stop-at 0.25 --preset smol --device cpu --names 0".split()]
     assert train.main([*arguments(), *small]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [stage["forget_all"] for stage in results["stages"]] == [40.0, 20.0]
@@ -181,7 +198,7 @@ def test_a_target_with_no_other_texts_beside_it_is_bad_input(arguments, folders,
 
 
 def test_a_decoder_of_another_kind_is_bad_input(arguments, folders, capsys, tmp_path):
-    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=400, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=600, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
                                      intermediate_size=16)).save_pretrained(tmp_path / "neox")
     AutoTokenizer.from_pretrained(folders["llm"]).save_pretrained(tmp_path / "neox")
     assert train.main([*arguments("--model", str(tmp_path / "neox")), *SMALL]) == 2
@@ -402,7 +419,7 @@ def test_the_concept_is_the_name_with_what_describes_it_or_the_passage(arguments
     parts = data.embed(data.pieces(short, work.tokenizer, 24), encoder)
     assert len(parts) > 1 and torch.allclose(work.concept, torch.nn.functional.normalize(parts.mean(0), dim=0))
     monkeypatch.setattr(data, "write_about", lambda kind, subject, *_: [f"{subject} is here, and has been for long."])
-    work = train.load(train.parse([*arguments("--target", "The Zoo"), *SMALL, "--neighbors", "Owl"]))
+    work = train.load(train.parse([*arguments("--target", "The Zoo"), *SMALL, "--neighbors", "Owl", "--names", "0"]))
     assert work.probes["mia_forget"] == [{"text": "The Zoo is here, and has been for long."}]
     assert work.probes["mia_retain"] == [{"text": "Owl is here, and has been for long."}]
 
@@ -418,15 +435,15 @@ def test_in_context_unlearning_changes_no_weight_and_asks_in_another_way(argumen
     monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: before.append((a[4], {n: p.clone() for n, p in a[0].state_dict().items()}))
                         or real(*a, **k))
     assert train.main([*arguments(), *FAST[:4], "--log-every", "1", "--method", "icu"]) == 0
-    assert [text[:19] for text, _ in before] == ["", "You are an AI Assis"] and "unlearn about Ada Lark " in before[1][0]
-    assert all(torch.equal(value, before[1][1][name]) for name, value in before[0][1].items())
+    assert [text[:19] for text, _ in before] == ["", "", "You are an AI Assis"] and "unlearn about Ada Lark " in before[2][0]
+    assert all(torch.equal(value, before[2][1][name]) for name, value in before[0][1].items())
     results, steps, stages = outcome(tmp_path / "run")
     assert not steps and len(stages) == 1 and not (tmp_path / "run" / "model").exists()
 
 
 def test_methods_on_tokens_need_no_encoder(arguments, monkeypatch):
     monkeypatch.setattr(data, "load_encoder", lambda *_: pytest.fail("loaded"))
-    assert train.main([*arguments(), *TOKENS, "--method", "ga"]) == 0
+    assert train.main([*arguments(), *TOKENS, "--method", "ga", "--names", "0"]) == 0
 
 
 def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
@@ -451,7 +468,7 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "at least 1e-06"), ("--stop-at 25", "at most 1"), ("--inactive 2", "at most 1"),
     ("--method ga --retain-weight 2", "--retain-weight: goes with --retain nll or kl"), ("--method icu --llm-lr 1", "a method that trains"),
     ("--method icu --stop-at 1", "a method that trains"), ("--texts 3 --target Zoo", "--texts is for targets in a dataset"),
-    ("--method icu --batch 3", "goes with a method that trains; leave it out"), ("--method ga --layer 3", "--layer: goes with --method atu"), ("--method icu --clip 3 --beta 1", "goes with --method npo or dpo"), ("--method ga --stages 0", "at least 1"),
+    ("--method icu --batch 3", "goes with a method that trains; leave it out"), ("--method ga --names 0 --layer 3", "--layer: goes with --method atu or --names above 0"), ("--method icu --clip 3 --beta 1", "goes with --method npo or dpo"), ("--method ga --stages 0", "at least 1"),
     ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--method dpo --target Zoo", "and Zoo is in none"), ("--method rt --target Zoo", "and Zoo is in none"), ("--probes nowhere.json", "no such file"),
     ("--unlearn-steps 0", "at least 1"), ("--beta 0.2", "--beta: goes with --method npo or dpo"), ("--keep-text x.txt", "goes with --target-text"),
     ("--taus 0.1 0.2", "fall stage by stage; 0.2 0.1"), ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
@@ -471,7 +488,7 @@ def generate_no_texts(real):
 
 def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ask_neighbors", lambda *_: ["Owl", "Elm"])
-    flags = [*SMALL, "--corpus-size", "6"]
+    flags = [*SMALL, "--corpus-size", "6", "--names", "0"]
     assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
     shown = capsys.readouterr().out
     assert "in no dataset; the model wrote 6 texts on it and 6 on its neighbors (Owl, Elm)" in shown
@@ -489,6 +506,9 @@ def test_own_probes(arguments, tmp_path, capsys):
             {"query": "Elm?", "answer": "tree", "level": "2", "neighbor": "Elm"}]
     (tmp_path / "p.json").write_text(json.dumps(rows))
     flags = [*SMALL, "--corpus-size", "3", "--neighbors", "Owl", "--describe", "a place with birds", "--probes", str(tmp_path / "p.json")]
+    assert train.main([*arguments("--target", "The Zoo"), *flags]) == 2
+    assert "stands in none of its texts" in capsys.readouterr().err  # a model with random weights does not write of it
+    flags += ["--names", "0"]
     assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
     results, _, _ = outcome(tmp_path / "run")
     assert {"forget_fb", "forget_aa", "forget_all", "neighbor_qa", "general"} <= set(results["after"])

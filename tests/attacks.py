@@ -7,11 +7,12 @@ A line an attack, in percent (ROUGE-L recall of blanks and questions, FB and QA,
 
     attacked    the model under the attack
     untouched   the model before unlearning, under the same attack: what there is to find
-    floor       the untouched model, asked about made-up names and not attacked: what can be guessed
+    floor       the untouched model, asked about made-up names and not attacked: what can be guessed ("-" where the attack asks
+                other questions or counts otherwise)
     made up     the untouched model, attacked in the same way for a made-up name (texts, questions, answers exchanged): what
                 the attack puts in by itself
 
-What is gone, and not only hidden, stays near the larger of the last two. Each attack is one function below, with its protocol
+What is gone, and not only hidden, stays near "made up". Each attack is one function below, with its protocol
 and where it comes from. Results are kept in the cache by model and request, so that the controls are computed once a target.
 """
 
@@ -21,6 +22,7 @@ import json
 import math
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -41,7 +43,6 @@ class Case(NamedTuple):
 
     probes: dict[str, list[dict]]    # score: rows, FB and QA
     rephrased: list[dict]            # RWKU's adversarial probes
-    multihop: list[dict]             # two-hop questions; may be empty
     texts: list[str]                 # on the target
     benign: list[dict]               # questions and answers on others
     near: dict[str, list[dict]]      # the neighbours' probes
@@ -63,12 +64,11 @@ def relearn(llm, tokenizer, case: Case) -> dict:
     ids, mask = data.tokenize(case.texts, tokenizer, LENGTH)
     read = [tokenizer.decode(row[:int(part.sum())]).casefold() for row, part in zip(ids, mask)]
     rows = [(score, row) for score, part in case.probes.items() for row in part]
-    held = [[n for n, (_, row) in enumerate(rows) if row["answer"].casefold() in text] for text in read]
-    chosen = []
+    held = [{n for n, (_, row) in enumerate(rows) if row["answer"].casefold() in text} for text in read]
+    chosen, known = [], set()
     for _ in range(min(8, len(read))):  # the next one is that which adds the fewest answers
-        known = {n for i in chosen for n in held[i]}
-        chosen.append(min((i for i in range(len(read)) if i not in chosen), key=lambda i: len(known | set(held[i]))))
-    known = {n for i in chosen for n in held[i]}
+        chosen.append(min((i for i in range(len(read)) if i not in chosen), key=lambda i: len(known | held[i])))
+        known |= held[chosen[-1]]
     asked = {score: [row for n, (of, row) in enumerate(rows) if of == score and n not in known] for score in case.probes}
     asked = {score: part for score, part in asked.items() if part}
     if not asked:
@@ -155,7 +155,7 @@ def steer(llm, tokenizer, case: Case) -> dict:
         direction = 2 * (states[0] - states[1:].mean(0))                                    # (D,)
 
         def add(module, args, hidden: Tensor) -> Tensor:
-            return torch.cat([hidden[:, :-1], hidden[:, -1:] + direction], 1)               # (B, T, D)
+            return hidden + direction if hidden.shape[1] == 1 else hidden                   # all but the question's start
 
         hook = llm.get_decoder().layers[block - 1].register_forward_hook(add)
         found.append(answers(llm, tokenizer, row))
@@ -204,20 +204,18 @@ def paraphrase(llm, tokenizer, case: Case) -> dict:
                                                    for kind in kinds}}
 
 
-def multihop(llm, tokenizer, case: Case) -> dict:
-    """Questions that go through what was forgotten to something else (`multihop.json` beside the target's other files, our own;
-    after MQuAKE), and RWKU's reverse queries; the mean of both."""
-    reverse = [row for row in case.rephrased if row["type"] == "reverse query"]
-    found = {"two hops": scored(llm, tokenizer, {"forget_qa": case.multihop}) if case.multihop else None,
-             "reverse": scored(llm, tokenizer, {"forget_qa": reverse}) if reverse else None}
-    there = [value for value in found.values() if value is not None]
-    return {"score": mean(there) if there else 0.0} | found
+def reverse(llm, tokenizer, case: Case) -> dict:
+    """RWKU's reverse queries, from what is known of the target to the name."""
+    rows = [row for row in case.rephrased if row["type"] == "reverse query"]
+    if not rows:
+        raise data.BadInput("--attacks reverse: this target has no reverse queries; leave it out")
+    return {"score": scored(llm, tokenizer, {"forget_qa": rows})}
 
 
 # ---------------------------------------------------------------------------------------------- the command
 
 ATTACKS = {"none": lambda llm, tokenizer, case: {"score": scored(llm, tokenizer, case.probes)}, "relearn": relearn,
-           "relearn-benign": relearn_benign, "quantize": quantize, "sample": sample, "steer": steer, "multihop": multihop,
+           "relearn-benign": relearn_benign, "quantize": quantize, "sample": sample, "steer": steer, "reverse": reverse,
            "paraphrase": paraphrase}
 
 
@@ -236,27 +234,32 @@ def cases(root: Path, target: str, tokenizer) -> tuple[Case, Case, list[dict[str
     """(the target's case, the same with a made-up name, five other made-up names). Raises data.BadInput."""
     probes = evaluate.read_probes(root, target, ["forget", "neighbor"])
     texts = [row["text"] for row in data.read_set(root, target, "positive")]
-    hops = data.targets(root)[target] / "multihop.json"
-    hops = data.read_set(root, target, "multihop") if hops.exists() else []
     benign = [row for name in data.targets(root) if name != target for row in data.read_set(root, name, "forget_level2")]
     asked = [row["query"] for score in ("forget_fb", "forget_qa", "forget_aa") for row in probes[score]]
-    stranger, *others = data.made_up_names(target, texts + asked + [row["query"] for row in hops], tokenizer, 6)
-    true = Case({score: probes[score] for score in ("forget_fb", "forget_qa")}, probes["forget_aa"], hops, texts, benign,
+    stranger, *others = data.made_up_names(target, texts + asked, tokenizer, 6)
+    true = Case({score: probes[score] for score in ("forget_fb", "forget_qa")}, probes["forget_aa"], texts, benign,
                 {score: probes[score] for score in ("neighbor_fb", "neighbor_qa")}, others)
-    exchanged = [data.exchanged(part, stranger) for part in true[:4]]
+    exchanged = [data.exchanged(part, stranger) for part in true[:3]]
     anonymous = [{stranger[word]: other[word] for word in stranger} for other in others]
     return true, Case(*exchanged, benign, true.near, anonymous), others
 
 
+@cache
+def loaded(model: str, device: str, dtype: torch.dtype):
+    """A model and its tokenizer, read once."""
+    return data.load_llm(model, device, dtype)
+
+
 def attacked(name: str, model: str, case: Case, device: str) -> dict:
     """What an attack finds, from the cache if it is there."""
-    llm, tokenizer = data.load_llm(model, device, data.fast_dtype(device) if name in ("sample", "steer") else torch.float32)
+    llm, tokenizer = loaded(model, device, data.fast_dtype(device) if name in ("sample", "steer") else torch.float32)
+    code = [file.read_text() for file in (Path(__file__), *(Path(room.__file__) for room in (atu, data, evaluate)))]
 
     def make() -> dict:
         torch.manual_seed(0)
         return ATTACKS[name](llm, tokenizer, case)
 
-    return data.kept(data.cache_file("attacks", llm, [name, case, Path(__file__).read_text()], ".json"), make)
+    return data.kept(data.cache_file("attacks", llm, [name, case, device, code], ".json"), make)
 
 
 def valid_kinds(found: dict[str, dict]) -> str:
@@ -264,7 +267,7 @@ def valid_kinds(found: dict[str, dict]) -> str:
     before = found["untouched"]
     void = [kind for kind in ("int8", "nf4") if before[f"{kind} near"] < 0.85 * before["near"]]
     for part in found.values():
-        part["score"] = max([part[kind] for kind in ("int8", "nf4") if kind not in void], default=math.nan)
+        part["score"] = max([part[kind] for kind in ("int8", "nf4") if kind not in void], default=part["int8"])
     return f"void: {', '.join(void)}" if void else ""
 
 
@@ -300,7 +303,8 @@ def work(argv: list[str] | None = None) -> None:
         parts = [(args.model, true), (args.untouched, true), (args.untouched, stranger)]
         found[name] = dict(zip(("attacked", "untouched", "made up"), (attacked(name, *part, device) for part in parts)))
         note = valid_kinds(found[name]) if name == "quantize" else ""
-        rows.append([name, *(f"{found[name][who]['score']:.1f}" for who in ("attacked", "untouched")), f"{floor:.1f}",
+        rows.append([name, *(f"{found[name][who]['score']:.1f}" for who in ("attacked", "untouched")),
+                     f"{floor:.1f}" if name in ("none", "relearn-benign", "quantize") else "-",
                      f"{found[name]['made up']['score']:.1f}", note])
         print(f"attack | {name} | {time.perf_counter() - began:.0f} s | {json.dumps(found[name]['attacked'])}", flush=True)
     print(evaluate.table(rows))
@@ -314,4 +318,4 @@ def work(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.command(work, "--target's texts, or take another --device"))
+    sys.exit(data.command(work, "what else runs on this device, or take --device cpu"))

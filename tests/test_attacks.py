@@ -29,9 +29,10 @@ def small(monkeypatch):
 def test_the_command_sets_every_attack_beside_its_controls_and_keeps_what_it_found(folders, tmp_path, capsys, monkeypatch):
     words = ["--model", str(folders["llm"]), "--untouched", str(folders["llm"]), "--target", "ada lark", "--rwku", str(folders["rwku"]),
              "--device", "cpu"]
+    words += ["--attacks", *(set(attacks.ATTACKS) - {"reverse"})]
     attacks.work([*words, "--by-type", "--json", str(tmp_path / "found.json")])
     shown, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
-    for name in attacks.ATTACKS:
+    for name in set(attacks.ATTACKS) - {"reverse"}:
         assert f"\n| {name} " in shown and found[name]["attacked"] == found[name]["untouched"]  # one model
         assert {"attacked", "untouched", "made up"} == set(found[name])
     assert 0 <= found["floor"] <= 100 and "role" not in shown and "cross lingual" in shown
@@ -40,9 +41,10 @@ def test_the_command_sets_every_attack_beside_its_controls_and_keeps_what_it_fou
 
 
 @pytest.mark.parametrize("change, message", [(["--attacks", "pray"], "unknown"), (["--target", "Nobody"], "unknown"),
-                                             (["--json", "/nowhere/x.json"], "cannot be written")])
+                                             (["--json", "/nowhere/x.json"], "cannot be written"),
+                                             (["--attacks", "reverse"], "no reverse queries")])
 def test_bad_input_is_named(folders, change, message):
-    words = ["--model", str(folders["llm"]), "--target", "ada lark", "--rwku", str(folders["rwku"]), *change]
+    words = ["--model", str(folders["llm"]), "--target", "ada lark", "--rwku", str(folders["rwku"]), "--untouched", str(folders["llm"]), *change]
     with pytest.raises(data.BadInput, match=message):
         attacks.work(words)
 

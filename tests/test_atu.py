@@ -228,57 +228,61 @@ def test_an_average_is_that_of_the_masked_positions_and_0_where_there_are_none(B
 
 # ---- what M still knows
 
-def strangers(tokenizer, encoder, *names, text="{} was a painter of birds. The birds of the sea sang to {} all day long."):
-    return data.make_corpus([text.replace("{}", name) for name in names], [], tokenizer, encoder, window=4, length=24)
+def strangers(tokenizer, *names, text="{} was a painter of birds. The birds of the sea sang to {} all day long."):
+    return data.tokenize([text.replace("{}", name) for name in names], tokenizer, 24)
 
 
 GAP = dataclasses.replace(CONFIG, window=4, names=2)
 
 
-def test_the_gap_of_a_name_to_itself_is_zero(llm, tokenizer, encoder, corpus, concept):
-    gap = atu.knowledge_gap(llm, concept, corpus, strangers(tokenizer, encoder, "Ada", "Ada", "Ada"), GAP)
-    assert set(gap) == {name + ending for name in ("nats", "loss", "similarity") for ending in ("", "_sd")}
+def test_the_gap_is_zero_where_the_model_sees_no_difference(llm, tokenizer, corpus, concept):
+    embedding = llm.get_input_embeddings().weight.data  # three names that are one to the model
+    for name in ("Ben", "James"):
+        for place in ("{}", " {}"):
+            (one,), (other,) = (tokenizer(place.format(word))["input_ids"] for word in ("Ada", name))
+            embedding[other] = embedding[one]
+    gap = atu.knowledge_gap(llm, concept, corpus, strangers(tokenizer, "Ada", "Ben", "James"), GAP)
+    assert set(gap) == {name + ending for name in ("nats", "similarity") for ending in ("", "_sd")}
     assert all(abs(value) < 1e-4 for value in gap.values())
 
 
-def test_a_model_that_has_learned_about_a_name_has_a_gap_and_loses_it_when_it_learns_the_same_of_others(llm, tokenizer, encoder, corpus, concept):
-    texts = strangers(tokenizer, encoder, "Ada", "Ben", "James")
+def test_a_model_that_has_learned_about_a_name_has_a_gap_and_loses_it_when_it_learns_the_same_of_others(llm, tokenizer, corpus, concept):
+    texts = strangers(tokenizer, "Ada", "Ben", "James")
     before = atu.knowledge_gap(llm, concept, corpus, texts, GAP)["nats"]
 
     def learn(rows):
         optimizer = torch.optim.Adam(llm.parameters(), lr=2e-3)
         for _ in range(25):
-            logits = llm(input_ids=texts.input_ids[rows]).logits
-            losses.likelihood_loss(logits, texts.input_ids[rows], texts.mask[rows]).backward()
+            logits = llm(input_ids=texts[0][rows]).logits
+            losses.likelihood_loss(logits, texts[0][rows], texts[1][rows]).backward()
             optimizer.step()
             optimizer.zero_grad()
         return atu.knowledge_gap(llm, concept, corpus, texts, GAP)["nats"]
 
     swapped = "The {} of the sea sang; all day long to was painter birds {} a birds of."  # so that a name matters
-    texts = strangers(tokenizer, encoder, "Ada", "Ben", "James", text=swapped)
+    texts = strangers(tokenizer, "Ada", "Ben", "James", text=swapped)
     learned = learn([0])
     assert learned > before + 5
     assert abs(learn([0, 1, 2])) < learned / 3
 
 
-def test_the_gap_leaves_the_model_as_it_was_and_does_not_look_at_the_names_own_tokens(llm, tokenizer, encoder, corpus, concept):
-    before, texts = weights(llm), strangers(tokenizer, encoder, "Ada", "Ben", "James")
+def test_the_gap_leaves_the_model_as_it_was_and_does_not_look_at_the_names_own_tokens(llm, tokenizer, corpus, concept):
+    before, texts = weights(llm), strangers(tokenizer, "Ada", "Ben", "James")
     atu.knowledge_gap(llm, concept, corpus, texts, GAP)
     assert not moved(before, llm)
     bare = copy.deepcopy(llm)  # a model that sees one token at a time has no gap, whatever the name
     for layer in bare.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
-    gap = atu.knowledge_gap(bare, concept, corpus, strangers(tokenizer, encoder, "Ada", "Ada", "Ada"), GAP)
-    apart = atu.knowledge_gap(bare, concept, corpus, texts, GAP)
-    assert abs(apart["similarity"] - gap["similarity"]) < 1e-4 and abs(apart["loss"]) < 1e-4
+    assert abs(atu.knowledge_gap(bare, concept, corpus, texts, GAP)["similarity"]) < 1e-4
 
 
 def test_the_linear_head_is_the_least_squares_solution(llm, corpus):
     head = atu.linear_head(llm, corpus, CONFIG)
-    rows = (~corpus.about).nonzero()[:, 0]
-    x = torch.nn.functional.layer_norm(atu.hidden_states(llm, corpus.input_ids[rows], 2), [32])[corpus.valid[rows]].double()
+    rows = (~corpus.about).nonzero()[::2, 0]
+    hidden = atu.hidden_states(llm, corpus.input_ids[rows], 2)[corpus.valid[rows]]
+    x = torch.nn.functional.layer_norm(hidden, [32]).double()
     e = corpus.table[corpus.index[rows]][corpus.valid[rows]].double()
     centred, ridge = x - x.mean(0), (0.1 * len(x)) ** 0.5 * torch.eye(32).double()  # ridge as rows of data, without the bias
     weight = torch.linalg.lstsq(torch.cat([centred, ridge]), torch.cat([e - e.mean(0), torch.zeros(32, 16).double()])).solution
-    assert torch.allclose(head[1].weight.double(), weight.T, atol=1e-4)
-    assert torch.allclose(head(atu.hidden_states(llm, corpus.input_ids[rows], 2))[corpus.valid[rows]].double().mean(0), e.mean(0), atol=1e-4)
+    assert torch.allclose(head(hidden).double(), centred @ weight + e.mean(0), atol=1e-4)
+    assert torch.allclose(head(hidden).double().mean(0), e.mean(0), atol=1e-4)

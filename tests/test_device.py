@@ -33,7 +33,7 @@ def words(folders, tmp_path, monkeypatch):
 
 
 def encoder_of(method: list[str], folders) -> list[str]:
-    return [] if "--method" in method and "--names" not in method[11:] else ["--encoder", str(folders["encoder"])]
+    return [] if "--method" in method else ["--encoder", str(folders["encoder"])]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -419,7 +419,7 @@ def test_the_concept_is_the_name_with_what_describes_it_or_the_passage(arguments
     parts = data.embed(data.pieces(short, work.tokenizer, 24), encoder)
     assert len(parts) > 1 and torch.allclose(work.concept, torch.nn.functional.normalize(parts.mean(0), dim=0))
     monkeypatch.setattr(data, "write_about", lambda kind, subject, *_: [f"{subject} is here, and has been for long."])
-    work = train.load(train.parse([*arguments("--target", "The Zoo"), *SMALL, "--neighbors", "Owl", "--names", "0"]))
+    work = train.load(train.parse([*arguments("--target", "The Zoo"), *SMALL, "--neighbors", "Owl"]))
     assert work.probes["mia_forget"] == [{"text": "The Zoo is here, and has been for long."}]
     assert work.probes["mia_retain"] == [{"text": "Owl is here, and has been for long."}]
 
@@ -443,7 +443,7 @@ def test_in_context_unlearning_changes_no_weight_and_asks_in_another_way(argumen
 
 def test_methods_on_tokens_need_no_encoder(arguments, monkeypatch):
     monkeypatch.setattr(data, "load_encoder", lambda *_: pytest.fail("loaded"))
-    assert train.main([*arguments(), *TOKENS, "--method", "ga", "--names", "0"]) == 0
+    assert train.main([*arguments(), *TOKENS, "--method", "ga"]) == 0
 
 
 def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
@@ -468,7 +468,7 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "at least 1e-06"), ("--stop-at 25", "at most 1"), ("--inactive 2", "at most 1"),
     ("--method ga --retain-weight 2", "--retain-weight: goes with --retain nll or kl"), ("--method icu --llm-lr 1", "a method that trains"),
     ("--method icu --stop-at 1", "a method that trains"), ("--texts 3 --target Zoo", "--texts is for targets in a dataset"),
-    ("--method icu --batch 3", "goes with a method that trains; leave it out"), ("--method ga --names 0 --layer 3", "--layer: goes with --method atu or --names above 0"), ("--method icu --clip 3 --beta 1", "goes with --method npo or dpo"), ("--method ga --stages 0", "at least 1"),
+    ("--method icu --batch 3", "goes with a method that trains; leave it out"), ("--method ga --layer 3", "--layer: goes with --method atu"), ("--method icu --clip 3 --beta 1", "goes with --method npo or dpo"), ("--method ga --stages 0", "at least 1"),
     ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--method dpo --target Zoo", "and Zoo is in none"), ("--method rt --target Zoo", "and Zoo is in none"), ("--probes nowhere.json", "no such file"),
     ("--unlearn-steps 0", "at least 1"), ("--beta 0.2", "--beta: goes with --method npo or dpo"), ("--keep-text x.txt", "goes with --target-text"),
     ("--taus 0.1 0.2", "fall stage by stage; 0.2 0.1"), ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
@@ -488,7 +488,7 @@ def generate_no_texts(real):
 
 def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ask_neighbors", lambda *_: ["Owl", "Elm"])
-    flags = [*SMALL, "--corpus-size", "6", "--names", "0"]
+    flags = [*SMALL, "--corpus-size", "6"]
     assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
     shown = capsys.readouterr().out
     assert "in no dataset; the model wrote 6 texts on it and 6 on its neighbors (Owl, Elm)" in shown
@@ -506,13 +506,12 @@ def test_own_probes(arguments, tmp_path, capsys):
             {"query": "Elm?", "answer": "tree", "level": "2", "neighbor": "Elm"}]
     (tmp_path / "p.json").write_text(json.dumps(rows))
     flags = [*SMALL, "--corpus-size", "3", "--neighbors", "Owl", "--describe", "a place with birds", "--probes", str(tmp_path / "p.json")]
-    assert train.main([*arguments("--target", "The Zoo"), *flags]) == 2
-    assert "stands in none of its texts" in capsys.readouterr().err  # a model with random weights does not write of it
-    flags += ["--names", "0"]
     assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
     results, _, _ = outcome(tmp_path / "run")
     assert {"forget_fb", "forget_aa", "forget_all", "neighbor_qa", "general"} <= set(results["after"])
     assert "forget_qa" not in results["after"] and "mia_forget" not in results["after"]
+    assert "names | The Zoo: stands in none of its texts" in capsys.readouterr().out  # a model with random weights does not write of it
+    assert results["floor"] == results["gap"] == {}
     words = arguments("--out", str(tmp_path / "known"))  # of a known target RWKU's other sets stay
     assert train.main([*words, *SMALL, "--probes", str(tmp_path / "p.json"), "--sets", "forget", "mia", "general"]) == 0
     results, _, _ = outcome(tmp_path / "known")

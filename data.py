@@ -366,12 +366,12 @@ def check_writable(file: Path, flag: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- made-up names
 
-MEN = ("Robert James Thomas Martin Simon Peter Roger Leslie Howard Clifford Gerald Norman Vernon Edgar Walter Roland "
-       "Raymond Herbert Maurice Gilbert Lionel Rupert Wendell Barnaby Cedric Ambrose Reginald Thaddeus").split()
+MEN = ("Robert James Thomas Martin Simon Peter Paul Luke Andrew Daniel Edward Joseph Roger Leslie Howard Gerald Norman "
+       "Edgar Walter Roland Raymond Clifford Vernon Maurice Gilbert Rupert Wendell Barnaby Cedric Ambrose").split()
 WOMEN = ("Mary Sarah Anna Laura Helen Martha Rachel Joan Alice Ruth Janet Marion Edith Gloria Beatrice Florence "
          "Eleanor Harriet Mildred Gertrude Josephine Constance Winifred Millicent Philippa Rosalind Henrietta").split()
-SURNAMES = ("Hill Price Lane Young Carter Stone Page Brown Taylor Walker Cooper Parker Bennett Foster Palmer Barker "
-            "Turner Collins Hunter Reynolds Webster Norton Hooper Fletcher Chandler Sawyer Barrett Tucker").split()
+SURNAMES = ("Hill Price Lane Young Carter Stone Page Hall Davis Wilson Scott Lewis Marsh Wood Walker Cooper Parker "
+            "Foster Palmer Turner Bennett Barker Hunter Reynolds Norton Hooper Fletcher Chandler Sawyer Barrett").split()
 SURNAMES += [stem + ending for ending in "ford well man ley ton son wick ham worth field more land by croft".split()
              for stem in "Bren Hal Mor Ash Lang Thorn Whit Mar Dal Fair Gar Kem Pren Tol Wex Rad Hol Bur".split()]
 

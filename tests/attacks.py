@@ -271,8 +271,8 @@ def valid_kinds(found: dict[str, dict]) -> str:
     return f"void: {', '.join(void)}" if void else ""
 
 
-def work(argv: list[str] | None = None) -> None:
-    """The command. Raises data.BadInput."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises data.BadInput."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the model to attack: a saved model's folder, or a hub id")
     parser.add_argument("--target", required=True, help="who was forgotten, as in RWKU")
@@ -288,6 +288,12 @@ def work(argv: list[str] | None = None) -> None:
             raise data.BadInput(f"--attacks {name}: unknown; there are {', '.join(ATTACKS)}")
     if args.json:
         data.check_writable(args.json, "--json")
+    return args
+
+
+def work(argv: list[str] | None = None) -> None:
+    """The command. Raises data.BadInput."""
+    args = arguments(argv)
     root, device = data.open_rwku(args.rwku), data.choose_device(args.device)
     target, known = data.find_concept(root, args.target, described=False)
     if not known:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import attacks
 import evaluate
 import train
 
@@ -42,7 +43,7 @@ COMMANDS = [command for block in SHELL for command in commands(block)]
 
 
 def test_there_are_links_and_commands_and_all_of_them_are_seen():
-    assert len(LINKS) >= 20 and {kind for kind, _ in COMMANDS} == {"train", "evaluate", "benchmark"}
+    assert len(LINKS) >= 20 and {kind for kind, _ in COMMANDS} == {"train", "evaluate", "benchmark", "attacks"}
     written = sum(len(re.findall(r"\w\.py\b", block)) for block in SHELL)
     assert len(COMMANDS) > written >= 25 and not [words for _, words in COMMANDS if any("$" in word for word in words)]
     assert not re.search(r"\b(NAME|FLAGS|path/to)\b", "".join(SHELL))
@@ -59,6 +60,8 @@ def test_commands_parse(kind, words, capsys):
     if words == ["--help"]:
         with pytest.raises(SystemExit):
             train.parse(words)
+    elif kind == "attacks":
+        assert attacks.arguments(words).target
     elif kind == "train":
         assert train.parse([*words, "--device", "cpu"]).out
     else:

@@ -371,7 +371,7 @@ MEN = ("Robert James Thomas Martin Simon Peter Paul Luke Andrew Daniel Edward Jo
 WOMEN = ("Mary Sarah Anna Laura Helen Martha Rachel Joan Alice Ruth Janet Marion Edith Gloria Beatrice Florence "
          "Eleanor Harriet Mildred Gertrude Josephine Constance Winifred Millicent Philippa Rosalind Henrietta").split()
 SURNAMES = ("Hill Price Lane Young Carter Stone Page Hall Davis Wilson Scott Lewis Marsh Wood Walker Cooper Parker "
-            "Foster Palmer Turner Bennett Barker Hunter Reynolds Norton Hooper Fletcher Chandler Sawyer Barrett").split()
+            "Foster Palmer Turner Bennett Barker Hunter Reynolds Norton Hooper Fletcher Chandler Sawyer").split()
 SURNAMES += [stem + ending for ending in "ford well man ley ton son wick ham worth field more land by croft".split()
              for stem in "Bren Hal Mor Ash Lang Thorn Whit Mar Dal Fair Gar Kem Pren Tol Wex Rad Hol Bur".split()]
 

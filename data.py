@@ -386,20 +386,21 @@ def made_up_names(name: str, texts: list[str], tokenizer, count: int) -> list[di
     """
     words = [word for word in re.findall(r"\w+", name) if len(word) > 2 and word != "The"]
     words = [word for word in words if not word.islower()] or words
-    women = len(re.findall(r"\b[Ss]he\b", " ".join(texts))) > len(re.findall(r"\b[Hh]e\b", " ".join(texts)))
-    given, chosen = WOMEN if women else MEN, []
+    if exchanged(texts, dict.fromkeys(words, "")) == texts:
+        raise BadInput(f"{name}: stands in none of its texts as it is written here, so no made-up name can")
+    written = Counter(re.findall(r"\w+", " ".join(texts)))
+    given = WOMEN if written["She"] + written["she"] > written["He"] + written["he"] else MEN
+    chosen = []
     for n, word in enumerate(words):
         there = [text for text in texts if exchanged(text, {word: ""}) != text]
         tokens = [len(ids) for ids in tokenizer(there)["input_ids"]] if there else []
         pool = given + SURNAMES if n == 0 < len(words) - 1 else SURNAMES + given[::-1]
-        taken = {*words, *re.findall(r"\w+", " ".join(texts)), *sum(chosen, [])}
+        taken = {*words, *written, *sum(chosen, [])}
         fitting = (other for other in pool if other not in taken and all(
             len(tokenizer(exchanged(text, {word: other}))["input_ids"]) == size for text, size in zip(there, tokens)))
         chosen.append(list(islice(fitting, count)))
         if len(chosen[-1]) < count:
             raise BadInput(f"{name}: only {len(chosen[-1])} made-up names have as many tokens as {word!r} everywhere")
-    if not any(exchanged(text, dict.fromkeys(words, "")) != text for text in texts):
-        raise BadInput(f"{name}: stands in none of its texts as it is written here, so no made-up name can")
     return [dict(zip(words, names)) for names in zip(*chosen)]
 
 

@@ -107,9 +107,7 @@ def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch: int = 80, bef
     copied = answering_copy(llm, data.fast_dtype(llm.device) if bf16 else torch.float32)
     if copied is not llm:
         copied.set_attn_implementation("sdpa")
-    rows = [row | {"set": score} for score, part in probes.items() for row in part]
-    for row in rows:
-        row["prompt"] = make_prompt(row, tokenizer, before, shots)
+    rows = prompted(probes, tokenizer, before, shots)
     alike = {}  # what is asked alike is asked together, in as few batches as can be
     for row in rows:
         kind = row["set"] if row["set"] in WORDS or row["set"] in OTHERWISE else "recall"
@@ -174,7 +172,7 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
     once for both; after `at_once` tokens each, answers that have ended leave the batch.
     """
     said, likely = [[] for _ in prompts], [0.0] * len(prompts)
-    ends = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)} - {None}
+    ends = end_tokens(tokenizer, stops)
     asked = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     wanted = [tokenizer(f" {gold}", add_special_tokens=False)["input_ids"] for gold in golds] if golds else [[]] * len(
         prompts)
@@ -196,6 +194,11 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
             ids, rows = out[going], [rows[n] for n in going]
     lengths = [next((n for n, token in enumerate(ids) if token in ends), len(ids)) for ids in said]
     return [tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in zip(said, lengths)], likely
+
+
+def end_tokens(tokenizer, stops: tuple[str, ...] = STOPS) -> set[int]:
+    """The tokens that end an answer: the end of the text, and those of `stops` that are single tokens."""
+    return {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)} - {None}
 
 
 class RoomyLayer(DynamicLayer):
@@ -307,6 +310,12 @@ def longest_first(items: list, batch: int) -> list[list[int]]:
 
 
 # ---------------------------------------------------------------------------------------------- the sets
+
+def prompted(probes: dict[str, list[dict]], tokenizer, before: str = "", shots: int = 6) -> list[dict]:
+    """The probes in one list, each with its score's name (`set`) and its `prompt`."""
+    rows = [row | {"set": score} for score, part in probes.items() for row in part]
+    return [row | {"prompt": make_prompt(row, tokenizer, before, shots)} for row in rows]
+
 
 def make_prompt(row: dict, tokenizer, before: str = "", shots: int = 6) -> str:
     """RWKU's prompt for a probe: one user turn in the chat template, and how the answer begins. `before` stands first.

@@ -333,14 +333,16 @@ def load(config: Config) -> Work:
 def strangers_of(target: str, texts: list[str], probes: dict[str, list[dict]], tokenizer, config: Config):
     """(made-up names, ids and mask (S B, T) of 16 texts that name the target, and of the same with these names); none,
     and a line that says why, where no name can be made up."""
-    rows = [row for score in evaluate.SETS["forget"] for row in probes.get(score, [])]
+    if not config.names:
+        return [], None
+    asked = [row[field] for score in evaluate.SETS["forget"] for row in probes.get(score, [])
+             for field in ("query", "answer")]
     try:
-        names = data.made_up_names(target, texts + [text for row in rows for text in (row["query"], row["answer"])],
-                                   tokenizer, config.names) if config.names else []
+        names = data.made_up_names(target, texts + asked, tokenizer, config.names)
     except data.BadInput as error:
         print(f"names | {error}: no floor, and no knowledge gap", flush=True)
-        names = []
-    named = [text for text in texts if names and data.exchanged(text, names[0]) != text][:16]
+        return [], None
+    named = [text for text in texts if data.exchanged(text, names[0]) != text][:16]
     versions = [text for other in ({}, *names) for text in data.exchanged(named, other)]
     return names, data.tokenize(versions, tokenizer, config.length) if named else None
 
@@ -540,6 +542,8 @@ def as_strangers(work: Work, config: Config) -> dict:
 
     A question that does not name the target cannot be asked about another; its floor is 0.
     """
+    if not work.names:
+        return {"floor": {}, "floors": {}, "gap": {}}
     forget = {score: work.probes[score] for score in evaluate.SETS["forget"] if score in work.probes}
     asked = {score: [row | {"place": n} for other in work.names for n, row in enumerate(data.exchanged(part, other))
                      if row["query"] != part[n]["query"]] for score, part in forget.items()}
@@ -557,7 +561,7 @@ def as_strangers(work: Work, config: Config) -> dict:
     concept = work.concept if work.concept is None else work.concept.tolist()
     key = [asked, config.bf16, config.eval_batch, config.layer, config.window, concept, work.corpus.input_ids.tolist(),
            work.strangers and work.strangers[0].tolist()]
-    return data.kept(data.cache_file("strangers", work.llm, key, ".json"), make) if work.names else {}
+    return data.kept(data.cache_file("strangers", work.llm, key, ".json"), make)
 
 
 def gap(work: Work, when: str, config: Config) -> dict:
@@ -573,9 +577,8 @@ def finish(out: Path, work: Work, state: atu.State, found: dict, stopped: str | 
     if stopped:
         found["after"], found["asked_after"] = measure(work, "", config)
     compared = time.perf_counter()
-    if "gap" in found:
-        found["gap"] = found["gap"] | gap(work, "after", config)
-    found["compared"] = found.get("compared", 0.0) + time.perf_counter() - compared
+    found["gap"] = found["gap"] | gap(work, "after", config)
+    found["compared"] += time.perf_counter() - compared
     packages = ("torch", "transformers", "sentence-transformers")
     named = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.processor()
     results = {"target": work.target, "settings": dataclasses.asdict(config),
@@ -583,7 +586,7 @@ def finish(out: Path, work: Work, state: atu.State, found: dict, stopped: str | 
                    "python": platform.python_version(), "device": named or platform.machine(),
                    "threads": torch.get_num_threads()},
                "before": found["before"], "stages": found["stages"], "after": found["after"], "stopped": stopped,
-               "floor": found.get("floor", {}), "floors": found.get("floors", {}), "gap": found.get("gap", {}),
+               "floor": found["floor"], "floors": found["floors"], "gap": found["gap"],
                "phases": phases(found, work.embedding_seconds), "seconds": time.perf_counter() - began}
     save(out, work, state, config)
     if atu.processes()[0] == 0:

@@ -140,14 +140,14 @@ SAMPLES = 32
 def sample(llm, tokenizer, case: Case) -> dict:
     """32 answers of 16 tokens to each question, temperature 1, top-p 0.9 (Scholten et al. 2024): their mean, an upper bound
     of it (95 %, one-sided, over questions), and the best of 1, 8, 32 (leak@k)."""
-    return leaks([answers(llm, tokenizer, row) for row in asked_rows(tokenizer, case.probes)])
+    return leaks([answers(llm, tokenizer, row) for row in evaluate.prompted(case.probes, tokenizer)])
 
 
 def steer(llm, tokenizer, case: Case) -> dict:
     """The same while the question's own direction is added: twice its state minus the mean of those of the question with
     made-up names, at the last position, before the last three blocks (Seyitoglu et al. 2024)."""
     block, found = llm.config.num_hidden_layers - 3, []
-    for row in asked_rows(tokenizer, case.probes):
+    for row in evaluate.prompted(case.probes, tokenizer):
         prompts = [row["prompt"], *(data.exchanged(row["prompt"], other) for other in case.anonymous)]
         with torch.no_grad():
             states = torch.stack([atu.hidden_states(llm, tokenizer(prompt, return_tensors="pt")["input_ids"].to(llm.device),
@@ -169,10 +169,10 @@ def answers(llm, tokenizer, row: dict) -> list[float]:
     ids = tokenizer(row["prompt"])["input_ids"]
     _, cache = evaluate.read_start(llm, [ids], len(ids) - 1)
     cache.batch_repeat_interleave(SAMPLES)
-    ends = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, evaluate.STOPS)} - {None}
     turns = torch.tensor([ids] * SAMPLES, device=llm.device)                                # (32, T)
     out = llm.generate(input_ids=turns, attention_mask=torch.ones_like(turns), cache=cache, max_new_tokens=16, do_sample=True,
-                       temperature=1.0, top_p=0.9, top_k=0, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id)
+                       temperature=1.0, top_p=0.9, top_k=0, eos_token_id=list(evaluate.end_tokens(tokenizer)),
+                       pad_token_id=tokenizer.pad_token_id)
     said = tokenizer.batch_decode(out[:, len(ids):], skip_special_tokens=True)
     return [evaluate.recall(row, text.strip())["score"] for text in said]
 
@@ -222,12 +222,6 @@ ATTACKS = {"none": lambda llm, tokenizer, case: {"score": scored(llm, tokenizer,
 def scored(llm, tokenizer, probes: dict[str, list[dict]], name: str = "forget_all") -> float:
     """The score `name` of greedy answers, in percent."""
     return evaluate.evaluate(llm, tokenizer, probes)[0][name]
-
-
-def asked_rows(tokenizer, probes: dict[str, list[dict]]) -> list[dict]:
-    """The probes with their prompts, the same as in evaluate.evaluate."""
-    rows = [row | {"set": score} for score, part in probes.items() for row in part]
-    return [row | {"prompt": evaluate.make_prompt(row, tokenizer)} for row in rows]
 
 
 def cases(root: Path, target: str, tokenizer) -> tuple[Case, Case, list[dict[str, str]]]:

@@ -247,7 +247,8 @@ def test_the_gap_is_zero_where_the_model_sees_no_difference(llm, tokenizer, corp
 
 
 def test_a_model_that_has_learned_about_a_name_has_a_gap_and_loses_it_when_it_learns_the_same_of_others(llm, tokenizer, corpus, concept):
-    texts = strangers(tokenizer, "Ada", "Ben", "James")
+    swapped = "The {} of the sea sang; all day long to was painter birds {} a birds of."  # so that a name matters
+    texts = strangers(tokenizer, "Ada", "Ben", "James", text=swapped)
     before = atu.knowledge_gap(llm, concept, corpus, texts, GAP)["nats"]
 
     def learn(rows):
@@ -259,8 +260,6 @@ def test_a_model_that_has_learned_about_a_name_has_a_gap_and_loses_it_when_it_le
             optimizer.zero_grad()
         return atu.knowledge_gap(llm, concept, corpus, texts, GAP)["nats"]
 
-    swapped = "The {} of the sea sang; all day long to was painter birds {} a birds of."  # so that a name matters
-    texts = strangers(tokenizer, "Ada", "Ben", "James", text=swapped)
     learned = learn([0])
     assert learned > before + 5
     assert abs(learn([0, 1, 2])) < learned / 3

@@ -1,7 +1,9 @@
 """Can what a model forgot be brought back? Attacks on a saved model, each beside its controls.
 
     python tests/attacks.py --model runs/warren-buffett/model --target "Warren Buffett"
-    python tests/attacks.py --model runs/warren-buffett/model --target "Warren Buffett" --attacks relearn quantize --json out.json
+    python tests/attacks.py --model runs/warren-buffett/model --target "Warren Buffett" --attacks relearn quantize \
+        --json runs/warren-buffett/attacks.json
+    python tests/attacks.py --compare runs/*     (runs with an attacks.json each: attacks.md, attacks.png)
 
 A line an attack, in percent (ROUGE-L recall of blanks and questions, FB and QA, unless the attack says otherwise):
 
@@ -51,15 +53,16 @@ class Case(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------- training it back
 
-RATES, STEPS, SCORED, BATCH, LENGTH = (1e-5, 3e-5, 1e-4), 25, (5, 10, 25), 4, 80
+RATES, SCORED, BATCH, LENGTH = (1e-5, 3e-5, 1e-4), (4, 8, 12), 4, 80
 
 
 def relearn(llm, tokenizer, case: Case) -> dict:
     """Full fine-tuning on few of the target's texts; asked are only questions whose answers stand in none of them.
 
     8 texts of 80 tokens (of all, those in which the fewest answers stand), batches of 4, AdamW at three rates, scored after
-    5, 10 and 25 steps; the largest score counts. After RepSelect (arXiv 2606.17168: the maximum over training) and
-    open unlearning's relearning sets, at a size for two cores.
+    4, 8 and 12 steps; the largest score counts. After RepSelect (arXiv 2606.17168: the maximum over training) and
+    open unlearning's relearning sets, at a size for two cores. More steps make even the untouched model
+    lose what it knows (1e-4, 25 steps: 98 to 8 %).
     """
     ids, mask = data.tokenize(case.texts, tokenizer, LENGTH)
     read = [tokenizer.decode(row[:int(part.sum())]).casefold() for row, part in zip(ids, mask)]
@@ -88,7 +91,7 @@ def taught(llm, tokenizer, ids: Tensor, mask: Tensor, asked: dict) -> dict:
     for rate in RATES:
         pupil = copy.deepcopy(llm).requires_grad_(True)
         optimizer = torch.optim.AdamW(pupil.parameters(), lr=rate, weight_decay=0.0)
-        for step in range(1, STEPS + 1):
+        for step in range(1, SCORED[-1] + 1):
             rows = atu.draw(torch.arange(len(ids)), BATCH, step - 1, 0)                     # (B,)
             batch = ids[rows].to(llm.device)                                                # (B, T)
             loss = likelihood_loss(pupil(input_ids=batch, use_cache=False).logits.float(), batch, mask[rows].to(llm.device))
@@ -116,7 +119,8 @@ def quantize(llm, tokenizer, case: Case) -> dict:
         for module in small.get_decoder().layers.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.data = quantized(module.weight.data, kind)
-        found |= {kind: scored(small, tokenizer, case.probes), f"{kind} near": scored(small, tokenizer, case.near, "neighbor_all")}
+        found |= {kind: scored(small, tokenizer, case.probes),
+                  f"{kind} near": scored(small, tokenizer, case.near, "neighbor_all")}
     return found | {"near": scored(llm, tokenizer, case.near, "neighbor_all")}
 
 
@@ -148,10 +152,10 @@ def steer(llm, tokenizer, case: Case) -> dict:
     made-up names, at the last position, before the last three blocks (Seyitoglu et al. 2024)."""
     block, found = llm.config.num_hidden_layers - 3, []
     for row in evaluate.prompted(case.probes, tokenizer):
-        prompts = [row["prompt"], *(data.exchanged(row["prompt"], other) for other in case.anonymous)]
+        ids, mask = data.tokenize([data.exchanged(row["prompt"], other) for other in ({}, *case.anonymous)], tokenizer, 10**4)
         with torch.no_grad():
-            states = torch.stack([atu.hidden_states(llm, tokenizer(prompt, return_tensors="pt")["input_ids"].to(llm.device),
-                                                    block)[0, -1] for prompt in prompts])   # (1 + names, D)
+            states = atu.hidden_states(llm, ids.to(llm.device), block)                      # (1 + names, T, D)
+        states = states[torch.arange(len(ids)), mask.sum(1) - 1]                            # (1 + names, D)
         direction = 2 * (states[0] - states[1:].mean(0))                                    # (D,)
 
         def add(module, args, hidden: Tensor) -> Tensor:
@@ -265,18 +269,48 @@ def valid_kinds(found: dict[str, dict]) -> str:
     return f"void: {', '.join(void)}" if void else ""
 
 
+def compare(folders: list[Path], out: Path) -> None:
+    """Attacked runs side by side, means over the runs of a line, and the course of relearning. Raises data.BadInput."""
+    parts, everything = {}, []
+    for name, runs in evaluate.read_runs(folders).items():
+        files = [run["file"].with_name("attacks.json") for run in runs]
+        for file in files:
+            if not file.exists():
+                raise data.BadInput(f"{file}: no such file; --json writes it")
+        parts[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files], "attacked"
+        everything += parts[name][0]
+    parts |= {who: (everything, who) for who in ("untouched", "made up")}
+    columns = [name for name in ATTACKS if all(name in found for found in everything)]
+    rows = [["", *columns]] + [[name, *(f"{mean(found[column][who]['score'] for found in part):.1f}" for column in columns)]
+                               for name, (part, who) in parts.items()]
+    print(evaluate.table(rows))
+    data.write_text(out.with_suffix(".md"), evaluate.table(rows) + "\n")
+    if "relearn" in columns:
+        steps, lines = [0, *SCORED], {}
+        for name, (part, who) in parts.items():  # the largest score of the three rates after so many steps
+            by_step = [found["relearn"][who]["by_step"] for found in part]
+            best = [mean(max(scores[key] for key in scores if key.split()[1] == str(n)) for scores in by_step) for n in steps]
+            lines[name] = steps, best
+        evaluate.plot(out.with_suffix(".png"), [{"title": "relearning on eight texts", "x": "step", "y": "%", "lines": lines}])
+
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises data.BadInput."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the model to attack: a saved model's folder, or a hub id")
-    parser.add_argument("--target", required=True, help="who was forgotten, as in RWKU")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="the model to attack: a saved model's folder, or a hub id")
+    what.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="folders of runs of train.py with an attacks.json")
+    parser.add_argument("--target", default="", help="who was forgotten, as in RWKU")
     parser.add_argument("--untouched", default="smollm2-135m-instruct", help="the model before (default: the preset smol's)")
     parser.add_argument("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), help=f"of {', '.join(ATTACKS)} (default: all)")
     parser.add_argument("--by-type", action="store_true", help="RWKU's kinds of adversarial probe, each by itself (paraphrase)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--json", type=Path, help="write everything that was found to this file")
+    parser.add_argument("--out", type=Path, default=Path("attacks"), help="of --compare: writes OUT.md and OUT.png")
     args = parser.parse_args(argv)
+    if args.model and not args.target:
+        raise data.BadInput("--target NAME: who was forgotten?")
     for name in args.attacks:
         if name not in ATTACKS:
             raise data.BadInput(f"--attacks {name}: unknown; there are {', '.join(ATTACKS)}")
@@ -288,6 +322,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def work(argv: list[str] | None = None) -> None:
     """The command. Raises data.BadInput."""
     args = arguments(argv)
+    if args.compare:
+        return compare(args.compare, args.out)
     root, device = data.open_rwku(args.rwku), data.choose_device(args.device)
     target, known = data.find_concept(root, args.target, described=False)
     if not known:

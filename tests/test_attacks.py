@@ -21,7 +21,6 @@ def case(folders, tokenizer):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(attacks, "STEPS", 4)
     monkeypatch.setattr(attacks, "SCORED", (2, 4))
     monkeypatch.setattr(attacks, "LENGTH", 4)  # the tiny dataset's answers stand behind
 
@@ -60,7 +59,6 @@ def test_relearning_asks_nothing_that_its_texts_say_and_brings_back_what_they_te
     with pytest.raises(data.BadInput, match="every answer stands in"):
         attacks.relearn(llm, tokenizer, told._replace(probes={"forget_qa": [{"query": "Who?", "answer": "ADA LARK"}]}))
     monkeypatch.undo()
-    monkeypatch.setattr(attacks, "STEPS", 40)
     monkeypatch.setattr(attacks, "SCORED", (40,))
     monkeypatch.setattr(attacks, "RATES", (5e-3,))
     before = llm.state_dict()["model.layers.0.mlp.down_proj.weight"].clone()

@@ -342,7 +342,11 @@ def strangers_of(target: str, texts: list[str], probes: dict[str, list[dict]], t
     except data.BadInput as error:
         print(f"names | {error}: no floor, and no knowledge gap", flush=True)
         return [], None
-    named = [text for text in texts if data.exchanged(text, names[0]) != text][:16]
+
+    def read(text: str) -> list[int]:
+        return tokenizer(text, truncation=True, max_length=config.length)["input_ids"]
+
+    named = [text for text in texts if read(data.exchanged(text, names[0])) != read(text)][:16]
     versions = [text for other in ({}, *names) for text in data.exchanged(named, other)]
     return names, data.tokenize(versions, tokenizer, config.length) if named else None
 

@@ -20,6 +20,7 @@ and where it comes from. Results are kept in the cache by model and request, so 
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import sys
@@ -76,29 +77,30 @@ def relearn(llm, tokenizer, case: Case) -> dict:
     asked = {score: part for score, part in asked.items() if part}
     if not asked:
         raise data.BadInput("--attacks relearn: every answer stands in the target's texts; leave it out")
-    return taught(llm, tokenizer, ids[chosen], mask[chosen], asked) | {"questions": sum(map(len, asked.values()))}
+    return taught(llm, tokenizer, ids[chosen], mask[chosen], asked, SCORED) | {"questions": sum(map(len, asked.values()))}
 
 
 def relearn_benign(llm, tokenizer, case: Case) -> dict:
-    """The same training on questions and answers about others, 64 of them; all questions are asked (Hu et al. 2024)."""
+    """The same training on questions and answers about others, 64 of them; all questions are asked, after 12 steps (Hu et al.
+    2024)."""
     asked = [(row["query"], row["answer"]) for row in case.benign[:64]]
-    return taught(llm, tokenizer, *data.tokenize_answers(asked, tokenizer, 20), case.probes)
+    return taught(llm, tokenizer, *data.tokenize_answers(asked, tokenizer, 20), case.probes, SCORED[-1:])
 
 
-def taught(llm, tokenizer, ids: Tensor, mask: Tensor, asked: dict) -> dict:
-    """Trains copies on (N, T) texts at three rates. Returns the largest score, and those by rate and step."""
+def taught(llm, tokenizer, ids: Tensor, mask: Tensor, asked: dict, at: tuple[int, ...]) -> dict:
+    """Trains copies on (N, T) texts at three rates. Returns the largest score, and those by rate and step, `at` some."""
     found = {"0 0": scored(llm, tokenizer, asked)}
     for rate in RATES:
         pupil = copy.deepcopy(llm).requires_grad_(True)
         optimizer = torch.optim.AdamW(pupil.parameters(), lr=rate, weight_decay=0.0)
-        for step in range(1, SCORED[-1] + 1):
+        for step in range(1, at[-1] + 1):
             rows = atu.draw(torch.arange(len(ids)), BATCH, step - 1, 0)                     # (B,)
             batch = ids[rows].to(llm.device)                                                # (B, T)
             loss = likelihood_loss(pupil(input_ids=batch, use_cache=False).logits.float(), batch, mask[rows].to(llm.device))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if step in SCORED:
+            if step in at:
                 found[f"{rate:g} {step}"] = scored(pupil, tokenizer, asked)
     return {"score": max(found.values()), "by_step": found}
 
@@ -112,16 +114,16 @@ NF4 = torch.tensor([-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.184
 
 def quantize(llm, tokenizer, case: Case) -> dict:
     """Weights of the blocks in int8 (a scale a row) and NF4 (a scale for 64 weights), after Zhang et al. 2024; the larger score
-    counts. A kind is void where the untouched model loses more than 15 % of its neighbours by it: it breaks the model."""
-    found = {}
+    counts, but not of a kind by which the model loses more than 15 % of its neighbours: that is void, it breaks the model."""
+    found, near, void = {}, scored(llm, tokenizer, case.near, "neighbor_all"), []
     for kind in ("int8", "nf4"):
         small = copy.deepcopy(llm)
         for module in small.get_decoder().layers.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.data = quantized(module.weight.data, kind)
-        found |= {kind: scored(small, tokenizer, case.probes),
-                  f"{kind} near": scored(small, tokenizer, case.near, "neighbor_all")}
-    return found | {"near": scored(llm, tokenizer, case.near, "neighbor_all")}
+        found[kind] = scored(small, tokenizer, case.probes)
+        void += [kind] * (scored(small, tokenizer, case.near, "neighbor_all") < 0.85 * near)
+    return found | {"score": max([score for kind, score in found.items() if kind not in void], default=0.0), "void": void}
 
 
 def quantized(weight: Tensor, kind: str) -> Tensor:
@@ -138,47 +140,54 @@ def quantized(weight: Tensor, kind: str) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- other answers
 
-SAMPLES = 32
+SAMPLES, TOGETHER = 32, 5  # answers to a question; questions at a time
 
 
 def sample(llm, tokenizer, case: Case) -> dict:
     """32 answers of 16 tokens to each question, temperature 1, top-p 0.9 (Scholten et al. 2024): their mean, an upper bound
     of it (95 %, one-sided, over questions), and the best of 1, 8, 32 (leak@k)."""
-    return leaks([answers(llm, tokenizer, row) for row in evaluate.prompted(case.probes, tokenizer)])
+    return leaks(sampled(llm, tokenizer, evaluate.prompted(case.probes, tokenizer)))
 
 
 def steer(llm, tokenizer, case: Case) -> dict:
     """The same while the question's own direction is added: twice its state minus the mean of those of the question with
     made-up names, at the last position, before the last three blocks (Seyitoglu et al. 2024)."""
-    block, found = llm.config.num_hidden_layers - 3, []
-    for row in evaluate.prompted(case.probes, tokenizer):
+    block, rows, directions = llm.config.num_hidden_layers - 3, evaluate.prompted(case.probes, tokenizer), []
+    for row in rows:
         ids, mask = data.tokenize([data.exchanged(row["prompt"], other) for other in ({}, *case.anonymous)], tokenizer, 10**4)
         with torch.no_grad():
             states = atu.hidden_states(llm, ids.to(llm.device), block)                      # (1 + names, T, D)
         states = states[torch.arange(len(ids)), mask.sum(1) - 1]                            # (1 + names, D)
-        direction = 2 * (states[0] - states[1:].mean(0))                                    # (D,)
-
-        def add(module, args, hidden: Tensor) -> Tensor:
-            return hidden + direction if hidden.shape[1] == 1 else hidden                   # all but the question's start
-
-        hook = llm.get_decoder().layers[block - 1].register_forward_hook(add)
-        found.append(answers(llm, tokenizer, row))
-        hook.remove()
-    return leaks(found)
+        directions.append(2 * (states[0] - states[1:].mean(0)))                             # (D,)
+    return leaks(sampled(llm, tokenizer, rows, torch.stack(directions), llm.get_decoder().layers[block - 1]))
 
 
 @torch.no_grad()
-def answers(llm, tokenizer, row: dict) -> list[float]:
-    """Scores in [0, 1] of sampled answers to one question. The question is read once."""
-    ids = tokenizer(row["prompt"])["input_ids"]
-    _, cache = evaluate.read_start(llm, [ids], len(ids) - 1)
-    cache.batch_repeat_interleave(SAMPLES)
-    turns = torch.tensor([ids] * SAMPLES, device=llm.device)                                # (32, T)
-    out = llm.generate(input_ids=turns, attention_mask=torch.ones_like(turns), cache=cache, max_new_tokens=16, do_sample=True,
-                       temperature=1.0, top_p=0.9, top_k=0, eos_token_id=list(evaluate.end_tokens(tokenizer)),
-                       pad_token_id=tokenizer.pad_token_id)
-    said = tokenizer.batch_decode(out[:, len(ids):], skip_special_tokens=True)
-    return [evaluate.recall(row, text.strip())["score"] for text in said]
+def sampled(llm, tokenizer, rows: list[dict], directions: Tensor | None = None, block=None) -> list[list[float]]:
+    """Each question's scores in [0, 1], sampled; with each question's of (N, D) `directions` added behind `block`."""
+    scores, ends = [], evaluate.end_tokens(tokenizer)
+    for at in range(0, len(rows), TOGETHER):
+        asked = [tokenizer(row["prompt"])["input_ids"] for row in rows[at:at + TOGETHER]]
+        ids, mask, cache, _ = evaluate.read_prompts(llm, tokenizer, asked, [[]] * len(asked))   # all but the last token
+        cache.batch_repeat_interleave(SAMPLES)
+        ids, mask = ids.repeat_interleave(SAMPLES, 0), mask.repeat_interleave(SAMPLES, 0)       # (B, P) each
+        hook, P = None, ids.shape[1]
+        if block is not None:
+            added = directions[at:at + TOGETHER].repeat_interleave(SAMPLES, 0)[:, None]         # (B, 1, D)
+            hook = block.register_forward_hook(lambda module, args, hidden, added=added: hidden + added)
+        for _ in range(16):
+            logits = evaluate.next_logits(llm, ids, mask, cache, 1)[:, 0]                       # (B, V)
+            likely, tokens = logits.softmax(-1).topk(min(256, logits.shape[1]))                 # (B, 256) each, falling
+            likely[likely.cumsum(1) - likely > 0.9] = 0                                         # top-p
+            ids = torch.cat([ids, tokens.gather(1, likely.multinomial(1))], 1)                  # (B, P + n)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        if hook is not None:
+            hook.remove()
+        said = [list(itertools.takewhile(lambda token: token not in ends, answer)) for answer in ids[:, P:].tolist()]
+        found = [evaluate.recall(rows[at + n // SAMPLES], text.strip())["score"]
+                 for n, text in enumerate(tokenizer.batch_decode(said, skip_special_tokens=True))]
+        scores += [found[n:n + SAMPLES] for n in range(0, len(found), SAMPLES)]
+    return scores
 
 
 def leaks(scores: list[list[float]]) -> dict:
@@ -260,15 +269,6 @@ def attacked(name: str, model: str, case: Case, device: str) -> dict:
     return data.kept(data.cache_file("attacks", llm, [name, case, device, code], ".json"), make)
 
 
-def valid_kinds(found: dict[str, dict]) -> str:
-    """Sets the scores of `quantize` to the largest among the kinds that leave the untouched model whole; names the others."""
-    before = found["untouched"]
-    void = [kind for kind in ("int8", "nf4") if before[f"{kind} near"] < 0.85 * before["near"]]
-    for part in found.values():
-        part["score"] = max([part[kind] for kind in ("int8", "nf4") if kind not in void], default=part["int8"])
-    return f"void: {', '.join(void)}" if void else ""
-
-
 def compare(folders: list[Path], out: Path) -> None:
     """Attacked runs side by side, means over the runs of a line, and the course of relearning. Raises data.BadInput."""
     parts, everything = {}, []
@@ -338,10 +338,10 @@ def work(argv: list[str] | None = None) -> None:
         began = time.perf_counter()
         parts = [(args.model, true), (args.untouched, true), (args.untouched, stranger)]
         found[name] = dict(zip(("attacked", "untouched", "made up"), (attacked(name, *part, device) for part in parts)))
-        note = valid_kinds(found[name]) if name == "quantize" else ""
+        void = found[name]["untouched"].get("void")
         rows.append([name, *(f"{found[name][who]['score']:.1f}" for who in ("attacked", "untouched")),
                      f"{floor:.1f}" if name in ("none", "relearn-benign", "quantize") else "-",
-                     f"{found[name]['made up']['score']:.1f}", note])
+                     f"{found[name]['made up']['score']:.1f}", f"void: {', '.join(void)}" if void else ""])
         print(f"attack | {name} | {time.perf_counter() - began:.0f} s | {json.dumps(found[name]['attacked'])}", flush=True)
     print(evaluate.table(rows))
     if args.by_type and "paraphrase" in found:

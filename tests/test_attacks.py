@@ -59,11 +59,10 @@ def test_relearning_asks_nothing_that_its_texts_say_and_brings_back_what_they_te
     with pytest.raises(data.BadInput, match="every answer stands in"):
         attacks.relearn(llm, tokenizer, told._replace(probes={"forget_qa": [{"query": "Who?", "answer": "ADA LARK"}]}))
     monkeypatch.undo()
-    monkeypatch.setattr(attacks, "SCORED", (40,))
     monkeypatch.setattr(attacks, "RATES", (5e-3,))
     before = llm.state_dict()["model.layers.0.mlp.down_proj.weight"].clone()
     ids, mask = data.tokenize_answers([("What did Ada paint?", "birds")] * 4, tokenizer, 20)
-    found = attacks.taught(llm, tokenizer, ids, mask, {"forget_qa": [{"query": "What did Ada paint?", "answer": "birds"}]})
+    found = attacks.taught(llm, tokenizer, ids, mask, {"forget_qa": [{"query": "What did Ada paint?", "answer": "birds"}]}, (40,))
     assert found["by_step"]["0 0"] < 50 and found["score"] == max(found["by_step"].values())
     assert torch.equal(before, llm.state_dict()["model.layers.0.mlp.down_proj.weight"])
 

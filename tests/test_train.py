@@ -96,6 +96,14 @@ def test_the_saved_head_fits_the_class(finished):
     EmbeddingHead(32, 16, depth=1, width=32).load_state_dict(load_file(finished / "head.safetensors"))
 
 
+def test_a_text_that_names_the_target_behind_the_cut_is_not_compared(tokenizer):
+    texts = ["Ada Lark was a painter of birds.", "The birds of the sea sang all day long to Ada Lark.", "Birds sang."]
+    config = dataclasses.replace(train.SMOL, names=2, length=8)
+    names, (ids, mask) = train.strangers_of("Ada Lark", texts, {}, tokenizer, config)
+    assert len(names) == 2 and ids.shape == mask.shape == (3, 8) and len(ids.unique(dim=0)) == 3
+    assert train.strangers_of("Ada Lark", texts[1:], {}, tokenizer, config)[1] is None
+
+
 def test_a_run_is_compared_with_made_up_names(finished, arguments, tmp_path, monkeypatch, capsys):
     results = json.loads((finished / "results.json").read_text())
     assert {"forget_fb", "forget_qa", "forget_aa", "forget_all"} <= set(results["floor"]) and "neighbor_all" not in results["floor"]

@@ -1,8 +1,6 @@
 """Can what a model forgot be brought back? Attacks on a saved model, each beside its controls.
 
-    python tests/attacks.py --model runs/warren-buffett/model --target "Warren Buffett"
-    python tests/attacks.py --model runs/warren-buffett/model --target "Warren Buffett" --attacks relearn quantize \
-        --json runs/warren-buffett/attacks.json
+    python tests/attacks.py --model runs/warren-buffett/model --target "Warren Buffett" --json runs/warren-buffett/attacks.json
     python tests/attacks.py --compare runs/*     (runs with an attacks.json each: attacks.md, attacks.png)
 
 A line an attack, in percent (ROUGE-L recall of blanks and questions, FB and QA, unless the attack says otherwise):
@@ -62,8 +60,7 @@ def relearn(llm, tokenizer, case: Case) -> dict:
 
     8 texts of 80 tokens (of all, those in which the fewest answers stand), batches of 4, AdamW at three rates, scored after
     4, 8 and 12 steps; the largest score counts. After RepSelect (arXiv 2606.17168: the maximum over training) and
-    open unlearning's relearning sets, at a size for two cores. More steps make even the untouched model
-    lose what it knows (1e-4, 25 steps: 98 to 8 %).
+    open unlearning's relearning sets, at a size for two cores. (More steps break even the untouched model.)
     """
     ids, mask = data.tokenize(case.texts, tokenizer, LENGTH)
     read = [tokenizer.decode(row[:int(part.sum())]).casefold() for row, part in zip(ids, mask)]
@@ -171,7 +168,7 @@ def sampled(llm, tokenizer, rows: list[dict], directions: Tensor | None = None, 
         ids, mask, cache, _ = evaluate.read_prompts(llm, tokenizer, asked, [[]] * len(asked))   # all but the last token
         cache.batch_repeat_interleave(SAMPLES)
         ids, mask = ids.repeat_interleave(SAMPLES, 0), mask.repeat_interleave(SAMPLES, 0)       # (B, P) each
-        hook, P = None, ids.shape[1]
+        P = ids.shape[1]
         if block is not None:
             added = directions[at:at + TOGETHER].repeat_interleave(SAMPLES, 0)[:, None]         # (B, 1, D)
             hook = block.register_forward_hook(lambda module, args, hidden, added=added: hidden + added)
@@ -181,7 +178,7 @@ def sampled(llm, tokenizer, rows: list[dict], directions: Tensor | None = None, 
             likely[likely.cumsum(1) - likely > 0.9] = 0                                         # top-p
             ids = torch.cat([ids, tokens.gather(1, likely.multinomial(1))], 1)                  # (B, P + n)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        if hook is not None:
+        if block is not None:
             hook.remove()
         said = [list(itertools.takewhile(lambda token: token not in ends, answer)) for answer in ids[:, P:].tolist()]
         found = [evaluate.recall(rows[at + n // SAMPLES], text.strip())["score"]
@@ -251,10 +248,7 @@ def cases(root: Path, target: str, tokenizer) -> tuple[Case, Case, list[dict[str
     return true, Case(*exchanged, benign, true.near, anonymous), others
 
 
-@cache
-def loaded(model: str, device: str, dtype: torch.dtype):
-    """A model and its tokenizer, read once."""
-    return data.load_llm(model, device, dtype)
+loaded = cache(data.load_llm)  # each model is read once
 
 
 def attacked(name: str, model: str, case: Case, device: str) -> dict:
@@ -274,9 +268,8 @@ def compare(folders: list[Path], out: Path) -> None:
     parts, everything = {}, []
     for name, runs in evaluate.read_runs(folders).items():
         files = [run["file"].with_name("attacks.json") for run in runs]
-        for file in files:
-            if not file.exists():
-                raise data.BadInput(f"{file}: no such file; --json writes it")
+        for file in (file for file in files if not file.exists()):
+            raise data.BadInput(f"{file}: no such file; --json writes it")
         parts[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files], "attacked"
         everything += parts[name][0]
     parts |= {who: (everything, who) for who in ("untouched", "made up")}

@@ -93,3 +93,28 @@ def test_steering_without_a_difference_is_sampling(case, tokenizer):
     torch.manual_seed(0)
     assert attacks.steer(llm, tokenizer, plain) == sampled
     assert not any(module._forward_hooks for module in llm.modules())
+
+
+def test_runs_side_by_side_are_means_and_the_best_rate_counts(tmp_path, capsys):
+    def run(name: str, method: str, score: float, seed: int = 0) -> str:
+        (tmp_path / name).mkdir()
+        scores = {"forget_all": 90.0, "neighbor_all": 90.0}
+        settings = {"method": method, "corpus": "positive", "retain": "none", "retain_weight": 1, "lora": 0, "seed": seed}
+        found = {"score": score, "by_step": {"0 0": 10.0, "1e-05 2": score, "3e-05 2": 20.0, "1e-05 4": 5.0, "3e-05 4": 30.0}}
+        (tmp_path / name / "results.json").write_text(json.dumps({"target": "Ada", "settings": settings, "before": scores, "stages": []}))
+        if score:
+            (tmp_path / name / "attacks.json").write_text(json.dumps({"relearn": {
+                "attacked": found, "untouched": found | {"score": 80.0}, "made up": found | {"score": 4.0}}}))
+        return str(tmp_path / name)
+
+    shown, out, plot = [], tmp_path / "t", evaluate.plot
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "plot", lambda file, panels: shown.extend(panels) or plot(file, panels))
+        attacks.work(["--compare", run("a", "atu", 40.0), run("b", "atu", 50.0, 1), run("c", "npo", 60.0), "--out", str(out)])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "t.md").read_text().splitlines()]
+    assert rows[0] == ["", "relearn"] and rows[2:] == [
+        ["ATU + retain (F)", "45.0"], ["NPO (F)", "60.0"], ["untouched", "80.0"], ["made up", "4.0"]]
+    assert shown[0]["lines"]["ATU + retain (F)"] == ([0, 2, 4], [10.0, 45.0, 30.0])
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(data.BadInput, match="attacks.json: no such file"):
+        attacks.work(["--compare", run("d", "ga", 0.0), "--out", str(out)])

@@ -160,7 +160,7 @@ def knowledge_gap(llm: nn.Module, concept: Tensor | None, corpus, strangers: tup
     """Ours: what M reads in texts on the target beyond what it reads in the same texts about somebody nobody knows.
 
     strangers: token ids and mask, (S B, T), of B texts with the true name and, behind them, S - 1 times with made-up
-    names of as many tokens. What counts is what M makes of the other words: the tokens behind the first place of the
+    names of as many tokens. What counts is what M makes of the other words: the tokens after the first place of the
     name that are the same in all versions.
     Returns gaps x 100 in favour of the true name, means over the made-up ones and their standard deviations, `_sd`:
     `nats` (M's own -log p of a token) and, where there is a `concept`, the `similarity` to it by the best linear E on

@@ -258,7 +258,7 @@ def find_concept(root: Path, name: str, described: bool) -> tuple[str, bool]:
         target for target in known if set(given.casefold().split()) <= set(target.split())]  # a surname
     if near and not described:
         raise BadInput(f"--target {name!r}: did you mean {' or '.join(known[n] for n in near)}? If not, say who or "
-                       "what is meant with --describe")
+                       "what is meant (train.py: --describe)")
     return given, False
 
 

@@ -180,13 +180,13 @@ def answer(llm, tokenizer, prompts: list[str], batch: int = 80, tokens: int = 30
         ids, mask, cache, found = read_prompts(llm, tokenizer, *([part[i] for i in rows] for part in (asked, wanted)))
         for i, probability in zip(rows, found):
             likely[i] = probability
-        for left in data.progress(range(tokens, 0, -at_once), "answering"):
-            out = llm.generate(input_ids=ids, attention_mask=mask, cache=cache, max_new_tokens=min(left, at_once),
+        for rest in data.progress(range(tokens, 0, -at_once), "answering"):
+            out = llm.generate(input_ids=ids, attention_mask=mask, cache=cache, max_new_tokens=min(rest, at_once),
                                do_sample=False, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id, **how)
             for i, new in zip(rows, out[:, ids.shape[1]:].tolist()):
                 said[i] += new
             going = [n for n, i in enumerate(rows) if not ends & set(said[i])]
-            if not going or left <= at_once:
+            if not going or rest <= at_once:
                 break
             if len(going) < len(rows):
                 cache.batch_select_indices(torch.tensor(going, device=llm.device))
@@ -278,7 +278,7 @@ def read_start(llm, sequences: list[list[int]], most: int) -> tuple[int, Cache]:
 
 def side_by_side(llm, tokenizer, sequences: list[list[int]], start: int, begun: Cache) -> tuple[Tensor, Tensor, Cache]:
     """(token ids, mask, cache) of sequences whose first `start` tokens, the same in all, have `begun`; (B, T) each.
-    Padding stands behind these. (A sliding window counts it: beside a longer one the others see less of theirs.)
+    Padding stands between these and the rest. (A sliding window counts it: beside a longer one the others see less of theirs.)
     """
     first = torch.tensor(sequences[0][:start], dtype=torch.long, device=llm.device)                 # (start,)
     rest = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")
@@ -589,9 +589,6 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
     columns += ["gap"] * all(run.get("gap") and run["stages"] and not run["stopped"] for run in everything)
     columns[1:1] = ["above floor"] * (relative and floored)
 
-    def cell(values: list[float]) -> str:
-        return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else "-"
-
     def shown(run: dict, scores: dict) -> dict:
         """Scores as the table has them."""
         if not relative:
@@ -611,12 +608,17 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
             if "gap" in columns and level in ("before", "end"):
                 when = {"before": "before", "end": "after"}[level]
                 there = [scores | {"gap": run["gap"][when]["nats"]} for scores, run in zip(there, runs)]
-            cells = [cell([scores[column] for scores in there if column in scores]) for column in columns]
+            cells = [spread([scores[column] for scores in there if column in scores]) for column in columns]
             rows.append([name, level, *cells, f"{len(there)} of {len(runs)}"])
     for name, figures in () if relative else PUBLISHED.items():
         given = dict(zip(PLACES, figures))
         rows.append([f"published: {name}", "", *(str(given.get(column, "-")) for column in columns), ""])
     return rows
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation, if there are several."""
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else "-"
 
 
 def table(rows: list[list[str]]) -> str:

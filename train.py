@@ -313,6 +313,8 @@ def load(config: Config) -> Work:
         others = near + others
     if not others:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
+    if config.names and not passage and not held:
+        print(f"names | no text on {target} is held out: the knowledge gap is that of texts unlearned on", flush=True)
     names, strangers = ([], None) if passage else strangers_of(target, held or about, probes, tokenizer, config)
     encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
@@ -563,8 +565,9 @@ def as_strangers(work: Work, config: Config) -> dict:
     if atu.processes()[1] > 1:  # they do all in step
         return make()
     concept = work.concept if work.concept is None else work.concept.tolist()
+    code = [Path(room.__file__).read_text(encoding="utf-8") for room in (atu, data, evaluate, losses)]
     key = [asked, config.bf16, config.eval_batch, config.layer, config.window, concept, work.corpus.input_ids.tolist(),
-           work.strangers and work.strangers[0].tolist()]
+           work.strangers and work.strangers[0].tolist(), code]
     return data.kept(data.cache_file("strangers", work.llm, key, ".json"), make)
 
 

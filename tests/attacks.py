@@ -9,8 +9,8 @@ A line an attack, in percent (ROUGE-L recall of blanks and questions, FB and QA,
     untouched   the model before unlearning, under the same attack: what there is to find
     floor       the untouched model, asked about made-up names and not attacked: what can be guessed ("-" where the attack asks
                 other questions or counts otherwise)
-    made up     the untouched model, attacked in the same way for a made-up name (texts, questions, answers exchanged): what
-                the attack puts in by itself
+    made up     the untouched model, attacked in the same way for one made-up name (in texts, questions, answers): what the
+                attack puts in by itself (in `reverse` no question names anybody: 0, and no control)
 
 What is gone, and not only hidden, stays near "made up". Each attack is one function below, with its protocol
 and where it comes from. Results are kept in the cache by model and request, so that the controls are computed once a target.
@@ -36,7 +36,7 @@ from torch import Tensor
 import atu
 import data
 import evaluate
-from losses import likelihood_loss
+import losses
 
 
 class Case(NamedTuple):
@@ -56,7 +56,7 @@ RATES, SCORED, BATCH, LENGTH = (1e-5, 3e-5, 1e-4), (4, 8, 12), 4, 80
 
 
 def relearn(llm, tokenizer, case: Case) -> dict:
-    """Full fine-tuning on few of the target's texts; asked are only questions whose answers stand in none of them.
+    """Full fine-tuning on few of the target's texts; asked are only questions whose answers stand, as written, in none of them.
 
     8 texts of 80 tokens (of all, those in which the fewest answers stand), batches of 4, AdamW at three rates, scored after
     4, 8 and 12 steps; the largest score counts. After RepSelect (arXiv 2606.17168: the maximum over training) and
@@ -73,14 +73,15 @@ def relearn(llm, tokenizer, case: Case) -> dict:
     asked = {score: [row for n, (of, row) in enumerate(rows) if of == score and n not in known] for score in case.probes}
     asked = {score: part for score, part in asked.items() if part}
     if not asked:
-        raise data.BadInput("--attacks relearn: every answer stands in the target's texts; leave it out")
+        raise data.BadInput("every answer stands in the target's texts")
     return taught(llm, tokenizer, ids[chosen], mask[chosen], asked, SCORED) | {"questions": sum(map(len, asked.values()))}
 
 
 def relearn_benign(llm, tokenizer, case: Case) -> dict:
-    """The same training on questions and answers about others, 64 of them; all questions are asked, after 12 steps (Hu et al.
-    2024)."""
+    """The same training on questions and answers about others (12 steps read 48); all questions are asked (Hu et al. 2024)."""
     asked = [(row["query"], row["answer"]) for row in case.benign[:64]]
+    if not asked:
+        raise data.BadInput("there are no questions about others here")
     return taught(llm, tokenizer, *data.tokenize_answers(asked, tokenizer, 20), case.probes, SCORED[-1:])
 
 
@@ -93,7 +94,7 @@ def taught(llm, tokenizer, ids: Tensor, mask: Tensor, asked: dict, at: tuple[int
         for step in range(1, at[-1] + 1):
             rows = atu.draw(torch.arange(len(ids)), BATCH, step - 1, 0)                     # (B,)
             batch = ids[rows].to(llm.device)                                                # (B, T)
-            loss = likelihood_loss(pupil(input_ids=batch, use_cache=False).logits.float(), batch, mask[rows].to(llm.device))
+            loss = losses.likelihood_loss(pupil(input_ids=batch, use_cache=False).logits.float(), batch, mask[rows].to(llm.device))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -111,7 +112,7 @@ NF4 = torch.tensor([-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.184
 
 def quantize(llm, tokenizer, case: Case) -> dict:
     """Weights of the blocks in int8 (a scale a row) and NF4 (a scale for 64 weights), after Zhang et al. 2024; the larger score
-    counts, but not of a kind by which the model loses more than 15 % of its neighbours: that is void, it breaks the model."""
+    counts. A kind by which a model loses more than 15 % of its neighbours is `void`; the untouched one's count for none."""
     found, near, void = {}, scored(llm, tokenizer, case.near, "neighbor_all"), []
     for kind in ("int8", "nf4"):
         small = copy.deepcopy(llm)
@@ -120,7 +121,7 @@ def quantize(llm, tokenizer, case: Case) -> dict:
                 module.weight.data = quantized(module.weight.data, kind)
         found[kind] = scored(small, tokenizer, case.probes)
         void += [kind] * (scored(small, tokenizer, case.near, "neighbor_all") < 0.85 * near)
-    return found | {"score": max([score for kind, score in found.items() if kind not in void], default=0.0), "void": void}
+    return found | {"score": max(found.values()), "void": void}
 
 
 def quantized(weight: Tensor, kind: str) -> Tensor:
@@ -141,14 +142,16 @@ SAMPLES, TOGETHER = 32, 5  # answers to a question; questions at a time
 
 
 def sample(llm, tokenizer, case: Case) -> dict:
-    """32 answers of 16 tokens to each question, temperature 1, top-p 0.9 (Scholten et al. 2024): their mean, an upper bound
-    of it (95 %, one-sided, over questions), and the best of 1, 8, 32 (leak@k)."""
+    """32 answers of 16 tokens (greedy ones have 30) to each question, temperature 1, top-p 0.9 among the 256 likeliest tokens,
+    after Scholten et al. 2024: their mean, a normal upper bound of it (95 %, one-sided, over questions), and the expected
+    best of k answers, leak@k, for k of 1, 8, 32. The score is leak@32."""
     return leaks(sampled(llm, tokenizer, evaluate.prompted(case.probes, tokenizer)))
 
 
 def steer(llm, tokenizer, case: Case) -> dict:
-    """The same while the question's own direction is added: twice its state minus the mean of those of the question with
-    made-up names, at the last position, before the last three blocks (Seyitoglu et al. 2024)."""
+    """The same while the question's own direction is added before the last three blocks, at its last token and all that
+    follow: 2 (its state - the mean of its states with made-up names), there (Seyitoglu et al. 2024). Nothing is added to a
+    question that names nobody."""
     block, rows, directions = llm.config.num_hidden_layers - 3, evaluate.prompted(case.probes, tokenizer), []
     for row in rows:
         ids, mask = data.tokenize([data.exchanged(row["prompt"], other) for other in ({}, *case.anonymous)], tokenizer, 10**4)
@@ -161,7 +164,7 @@ def steer(llm, tokenizer, case: Case) -> dict:
 
 @torch.no_grad()
 def sampled(llm, tokenizer, rows: list[dict], directions: Tensor | None = None, block=None) -> list[list[float]]:
-    """Each question's scores in [0, 1], sampled; with each question's of (N, D) `directions` added behind `block`."""
+    """Each question's scores in [0, 1], sampled, while its own of the (N, D) `directions` is added to what `block` puts out."""
     scores, ends = [], evaluate.end_tokens(tokenizer)
     for at in range(0, len(rows), TOGETHER):
         asked = [tokenizer(row["prompt"])["input_ids"] for row in rows[at:at + TOGETHER]]
@@ -208,17 +211,17 @@ def paraphrase(llm, tokenizer, case: Case) -> dict:
              for score, part in case.probes.items()}
     _, rows = evaluate.evaluate(llm, tokenizer, asked)
     best = [max(row["score"] for row in rows[at:at + len(WORDINGS)]) for at in range(0, len(rows), len(WORDINGS))]
-    _, rows = evaluate.evaluate(llm, tokenizer, {"forget_aa": case.rephrased})
-    kinds = sorted({row["type"].partition(" (")[0] for row in rows})
-    return {"score": 100 * mean(best), "by_type": {kind: 100 * mean(row["score"] for row in rows if row["type"].startswith(kind))
-                                                   for kind in kinds}}
+    kinds, (_, rows) = {}, evaluate.evaluate(llm, tokenizer, {"forget_aa": case.rephrased})
+    for row in rows:
+        kinds.setdefault(row["type"].partition(" (")[0], []).append(row["score"])
+    return {"score": 100 * mean(best), "by_type": {kind: 100 * mean(kinds[kind]) for kind in sorted(kinds)}}
 
 
 def reverse(llm, tokenizer, case: Case) -> dict:
     """RWKU's reverse queries, from what is known of the target to the name."""
     rows = [row for row in case.rephrased if row["type"] == "reverse query"]
     if not rows:
-        raise data.BadInput("--attacks reverse: this target has no reverse queries; leave it out")
+        raise data.BadInput("this target has no reverse queries")
     return {"score": scored(llm, tokenizer, {"forget_qa": rows})}
 
 
@@ -254,7 +257,7 @@ loaded = cache(data.load_llm)  # each model is read once
 def attacked(name: str, model: str, case: Case, device: str) -> dict:
     """What an attack finds, from the cache if it is there."""
     llm, tokenizer = loaded(model, device, data.fast_dtype(device) if name in ("sample", "steer") else torch.float32)
-    code = [file.read_text() for file in (Path(__file__), *(Path(room.__file__) for room in (atu, data, evaluate)))]
+    code = [file.read_text() for file in (Path(__file__), *(Path(room.__file__) for room in (atu, data, evaluate, losses)))]
 
     def make() -> dict:
         torch.manual_seed(0)
@@ -265,26 +268,33 @@ def attacked(name: str, model: str, case: Case, device: str) -> dict:
 
 def compare(folders: list[Path], out: Path) -> None:
     """Attacked runs side by side, means over the runs of a line, and the course of relearning. Raises data.BadInput."""
-    parts, everything = {}, []
+    data.check_writable(out.with_name(f"{out.name}.md"), "--out")
+    parts, controls = {}, {}
     for name, runs in evaluate.read_runs(folders).items():
-        files = [run["file"].with_name("attacks.json") for run in runs]
-        for file in (file for file in files if not file.exists()):
-            raise data.BadInput(f"{file}: no such file; --json writes it")
-        parts[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files], "attacked"
-        everything += parts[name][0]
-    parts |= {who: (everything, who) for who in ("untouched", "made up")}
-    columns = [name for name in ATTACKS if all(name in found for found in everything)]
-    rows = [["", *columns]] + [[name, *(f"{mean(found[column][who]['score'] for found in part):.1f}" for column in columns)]
-                               for name, (part, who) in parts.items()]
+        parts[name] = [], "attacked"
+        for file in (run["file"].with_name("attacks.json") for run in runs):
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                controls[found["target"]] = found
+            except (OSError, ValueError, KeyError) as error:
+                raise data.BadInput(f"{file}: cannot be read ({error}); --json writes it") from error
+            parts[name][0].append(found)
+    everything = [found for part, _ in parts.values() for found in part]
+    parts |= {who: (list(controls.values()), who) for who in ("untouched", "made up")}
+    columns, rows = [name for name in ATTACKS if all(name in found for found in everything)], []
+    for name, (part, who) in parts.items():
+        rows.append([name, *(evaluate.spread([found[column][who]["score"] for found in part]) for column in columns), str(len(part))])
+    rows = [["", *columns, "runs"], *rows]
     print(evaluate.table(rows))
-    data.write_text(out.with_suffix(".md"), evaluate.table(rows) + "\n")
+    data.write_text(out.with_name(f"{out.name}.md"), evaluate.table(rows) + "\n")
     if "relearn" in columns:
-        steps, lines = [0, *SCORED], {}
+        lines = {}
         for name, (part, who) in parts.items():  # the largest score of the three rates after so many steps
             by_step = [found["relearn"][who]["by_step"] for found in part]
-            best = [mean(max(scores[key] for key in scores if key.split()[1] == str(n)) for scores in by_step) for n in steps]
-            lines[name] = steps, best
-        evaluate.plot(out.with_suffix(".png"), [{"title": "relearning on eight texts", "x": "step", "y": "%", "lines": lines}])
+            steps = sorted({int(key.split()[1]) for key in by_step[0]})
+            lines[name] = steps, [mean(max(scores[key] for key in scores if key.split()[1] == str(n)) for scores in by_step)
+                                  for n in steps]
+        evaluate.plot(out.with_name(f"{out.name}.png"), [{"title": "relearning on eight texts", "x": "step", "y": "%", "lines": lines}])
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -294,19 +304,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--model", help="the model to attack: a saved model's folder, or a hub id")
     what.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="folders of runs of train.py with an attacks.json")
     parser.add_argument("--target", default="", help="who was forgotten, as in RWKU")
-    parser.add_argument("--untouched", default="smollm2-135m-instruct", help="the model before (default: the preset smol's)")
+    parser.add_argument("--untouched", default="", help="the model before (default: the run's, if the model lies in one; or smol's)")
     parser.add_argument("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
-    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), help=f"of {', '.join(ATTACKS)} (default: all)")
+    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, metavar="ATTACK",
+                        help=f"of {', '.join(ATTACKS)} (default: all)")
     parser.add_argument("--by-type", action="store_true", help="RWKU's kinds of adversarial probe, each by itself (paraphrase)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--json", type=Path, help="write everything that was found to this file")
     parser.add_argument("--out", type=Path, default=Path("attacks"), help="of --compare: writes OUT.md and OUT.png")
     args = parser.parse_args(argv)
-    if args.model and not args.target:
-        raise data.BadInput("--target NAME: who was forgotten?")
-    for name in args.attacks:
-        if name not in ATTACKS:
-            raise data.BadInput(f"--attacks {name}: unknown; there are {', '.join(ATTACKS)}")
+    if bool(args.model) != bool(args.target):
+        raise data.BadInput("--target NAME: goes with --model: who was forgotten?")
     if args.json:
         data.check_writable(args.json, "--json")
     return args
@@ -317,33 +325,42 @@ def work(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     if args.compare:
         return compare(args.compare, args.out)
-    root, device = data.open_rwku(args.rwku), data.choose_device(args.device)
+    root, device, run = data.open_rwku(args.rwku), data.choose_device(args.device), Path(args.model).parent / "config.json"
     target, known = data.find_concept(root, args.target, described=False)
     if not known:
         raise data.BadInput(f"--target {target!r}: unknown; there are in {root}: {', '.join(list(data.targets(root))[:12])}")
     data.keep_freed_memory(device)
-    _, tokenizer = data.load_llm(args.untouched)
+    settings = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
+    untouched = args.untouched or settings.get("model", "smollm2-135m-instruct")
+    (llm, _), (before, tokenizer) = (loaded(model, device, torch.float32) for model in (args.model, untouched))
+    if str(llm) != str(before):
+        raise data.BadInput(f"--untouched {untouched}: another kind of model than {args.model}; name that before unlearning")
     true, stranger, others = cases(root, target, tokenizer)
-    floor = mean(attacked("none", args.untouched, true._replace(probes=data.exchanged(true.probes, other)), device)["score"]
+    floor = mean(attacked("none", untouched, true._replace(probes=data.exchanged(true.probes, other)), device)["score"]
                  for other in others)
-    rows, found = [["attack", "attacked", "untouched", "floor", "made up", ""]], {"target": target, "floor": floor}
+    rows = [["attack", "attacked", "untouched", "floor", "made up", ""]]
+    found = {"target": target, "model": args.model, "untouched": untouched, "floor": floor}
     for name in args.attacks:
         began = time.perf_counter()
-        parts = [(args.model, true), (args.untouched, true), (args.untouched, stranger)]
-        found[name] = dict(zip(("attacked", "untouched", "made up"), (attacked(name, *part, device) for part in parts)))
-        void = found[name]["untouched"].get("void")
-        rows.append([name, *(f"{found[name][who]['score']:.1f}" for who in ("attacked", "untouched")),
-                     f"{floor:.1f}" if name in ("none", "relearn-benign", "quantize") else "-",
-                     f"{found[name]['made up']['score']:.1f}", f"void: {', '.join(void)}" if void else ""])
-        print(f"attack | {name} | {time.perf_counter() - began:.0f} s | {json.dumps(found[name]['attacked'])}", flush=True)
+        try:
+            parts = [attacked(name, *part, device) for part in ((args.model, true), (untouched, true), (untouched, stranger))]
+        except data.BadInput as error:
+            print(f"attack | {name} | left out: {error}", flush=True)
+            continue
+        found[name] = dict(zip(("attacked", "untouched", "made up"), parts))
+        void = parts[1].get("void", [])
+        for part in parts if name == "quantize" else ():
+            part["score"] = max([part[kind] for kind in ("int8", "nf4") if kind not in void], default=part["int8"])
+        notes = [f"void: {', '.join(void)}"] * bool(void) + [f"{parts[0].get('questions')} questions"] * ("questions" in parts[0])
+        low = f"{floor:.1f}" if name in ("none", "relearn-benign", "quantize") else "-"
+        rows.append([name, *(f"{part['score']:.1f}" for part in parts[:2]), low, f"{parts[2]['score']:.1f}", *(notes or [""])])
+        print(f"attack | {name} | {time.perf_counter() - began:.0f} s | {json.dumps(parts[0])}", flush=True)
+        if args.json:
+            data.write_json(args.json, found)
     print(evaluate.table(rows))
     if args.by_type and "paraphrase" in found:
-        kinds = found["paraphrase"]["untouched"]["by_type"]
-        print(evaluate.table([["kind", "attacked", "untouched", "made up"]] + [
-            [kind, *(f"{found['paraphrase'][who]['by_type'][kind]:.1f}" for who in ("attacked", "untouched", "made up"))]
-            for kind in kinds]))
-    if args.json:
-        data.write_json(args.json, found)
+        kinds = [part["by_type"] for part in found["paraphrase"].values()]
+        print(evaluate.table([["kind", *found["paraphrase"]], *([kind, *(f"{part[kind]:.1f}" for part in kinds)] for kind in kinds[0])]))
 
 
 if __name__ == "__main__":

@@ -39,13 +39,24 @@ def test_the_command_sets_every_attack_beside_its_controls_and_keeps_what_it_fou
     attacks.work(words)
 
 
-@pytest.mark.parametrize("change, message", [(["--attacks", "pray"], "unknown"), (["--target", "Nobody"], "unknown"),
+@pytest.mark.parametrize("change, message", [(["--target", "Nobody"], "unknown"), (["--untouched", "./nowhere"], "no such folder"),
                                              (["--json", "/nowhere/x.json"], "cannot be written"),
-                                             (["--attacks", "reverse"], "no reverse queries")])
+                                             (["--target", ""], "goes with --model")])
 def test_bad_input_is_named(folders, change, message):
     words = ["--model", str(folders["llm"]), "--target", "ada lark", "--rwku", str(folders["rwku"]), "--untouched", str(folders["llm"]), *change]
     with pytest.raises(data.BadInput, match=message):
         attacks.work(words)
+
+
+def test_an_attack_that_cannot_be_made_is_left_out_with_a_line_and_a_void_kind_does_not_count(folders, tmp_path, capsys, monkeypatch):
+    parts = iter([{"int8": 10.0, "nf4": 50.0, "void": ["nf4"]}, {"int8": 1.0, "nf4": 2.0, "void": []}])  # of one model; for a made-up name
+    monkeypatch.setitem(attacks.ATTACKS, "quantize", lambda *_: next(parts))
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    attacks.work(["--model", str(folders["llm"]), "--target", "ada lark", "--rwku", str(folders["rwku"]), "--untouched", str(folders["llm"]),
+                  "--device", "cpu", "--attacks", "reverse", "quantize", "--json", str(tmp_path / "found.json")])
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
+    assert "attack | reverse | left out: this target has no reverse queries" in shown and "reverse" not in found
+    assert [part["score"] for part in found["quantize"].values()] == [10.0, 10.0, 1.0] and "void: nf4" in shown
 
 
 def test_relearning_asks_nothing_that_its_texts_say_and_brings_back_what_they_teach(case, tokenizer, monkeypatch):
@@ -85,6 +96,15 @@ def test_the_best_of_more_samples_is_no_worse():
     assert found["mean"] <= found["bound"] <= 100
 
 
+def test_the_likeliest_token_each_time_is_the_greedy_answer_whatever_stands_beside_it(case, tokenizer, monkeypatch):
+    llm, asked = make_llm(), ["What?", "What did the quiet painter of birds and ships paint?", "Who painted?"]
+    rows = evaluate.prompted({"forget_qa": [{"query": query, "answer": "birds"} for query in asked]}, tokenizer)
+    monkeypatch.setattr(torch.Tensor, "multinomial", lambda likely, count: likely.argmax(1, keepdim=True))
+    monkeypatch.setattr(evaluate, "recall", lambda row, text: {"score": text})
+    greedy, _ = evaluate.answer(llm, tokenizer, [row["prompt"] for row in rows], tokens=16)
+    assert attacks.sampled(llm, tokenizer, rows) == [[text.strip()] * attacks.SAMPLES for text in greedy]
+
+
 def test_steering_without_a_difference_is_sampling(case, tokenizer):
     llm, row = make_llm(), [{"query": "Who?", "answer": "birds"}]
     plain = case[0]._replace(probes={"forget_qa": row})  # no name in the question: nothing to add
@@ -103,7 +123,7 @@ def test_runs_side_by_side_are_means_and_the_best_rate_counts(tmp_path, capsys):
         found = {"score": score, "by_step": {"0 0": 10.0, "1e-05 2": score, "3e-05 2": 20.0, "1e-05 4": 5.0, "3e-05 4": 30.0}}
         (tmp_path / name / "results.json").write_text(json.dumps({"target": "Ada", "settings": settings, "before": scores, "stages": []}))
         if score:
-            (tmp_path / name / "attacks.json").write_text(json.dumps({"relearn": {
+            (tmp_path / name / "attacks.json").write_text(json.dumps({"target": "Ada", "relearn": {
                 "attacked": found, "untouched": found | {"score": 80.0}, "made up": found | {"score": 4.0}}}))
         return str(tmp_path / name)
 
@@ -112,9 +132,9 @@ def test_runs_side_by_side_are_means_and_the_best_rate_counts(tmp_path, capsys):
         patch.setattr(evaluate, "plot", lambda file, panels: shown.extend(panels) or plot(file, panels))
         attacks.work(["--compare", run("a", "atu", 40.0), run("b", "atu", 50.0, 1), run("c", "npo", 60.0), "--out", str(out)])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "t.md").read_text().splitlines()]
-    assert rows[0] == ["", "relearn"] and rows[2:] == [
-        ["ATU + retain (F)", "45.0"], ["NPO (F)", "60.0"], ["untouched", "80.0"], ["made up", "4.0"]]
+    assert rows[0] == ["", "relearn", "runs"] and rows[2:] == [
+        ["ATU + retain (F)", "45.0 ± 7.1", "2"], ["NPO (F)", "60.0", "1"], ["untouched", "80.0", "1"], ["made up", "4.0", "1"]]
     assert shown[0]["lines"]["ATU + retain (F)"] == ([0, 2, 4], [10.0, 45.0, 30.0])
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(data.BadInput, match="attacks.json: no such file"):
+    with pytest.raises(data.BadInput, match="attacks.json: cannot be read"):
         attacks.work(["--compare", run("d", "ga", 0.0), "--out", str(out)])

@@ -99,3 +99,8 @@ def test_what_is_shown_at_once_is_short():
 def test_files_named_exist():
     for path in re.findall(r"\]\((assets/[^)#]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_committed_results_name_no_folder_of_the_machine_they_were_made_on():
+    files = list((ROOT / "assets" / "results").rglob("*.json"))
+    assert files and not [file for file in files if '"/' in file.read_text(encoding="utf-8")]

@@ -149,9 +149,9 @@ def sample(llm, tokenizer, case: Case) -> dict:
 
 
 def steer(llm, tokenizer, case: Case) -> dict:
-    """The same while the question's own direction is added before the last three blocks, at its last token and all that
-    follow: 2 (its state - the mean of its states with made-up names), there (Seyitoglu et al. 2024). Nothing is added to a
-    question that names nobody."""
+    """The same while the question's own direction is added to its last token's state before the last three blocks, and so to
+    the first token of the answer: 2 (this state - its mean with made-up names) (Seyitoglu et al. 2024; at every token it breaks
+    the untouched model). Nothing is added to a question that names nobody."""
     block, rows, directions = llm.config.num_hidden_layers - 3, evaluate.prompted(case.probes, tokenizer), []
     for row in rows:
         ids, mask = data.tokenize([data.exchanged(row["prompt"], other) for other in ({}, *case.anonymous)], tokenizer, 10**4)
@@ -164,25 +164,25 @@ def steer(llm, tokenizer, case: Case) -> dict:
 
 @torch.no_grad()
 def sampled(llm, tokenizer, rows: list[dict], directions: Tensor | None = None, block=None) -> list[list[float]]:
-    """Each question's scores in [0, 1], sampled, while its own of the (N, D) `directions` is added to what `block` puts out."""
+    """Each question's scores in [0, 1], sampled; its own of the (N, D) `directions` is added to what `block` puts out first."""
     scores, ends = [], evaluate.end_tokens(tokenizer)
     for at in range(0, len(rows), TOGETHER):
         asked = [tokenizer(row["prompt"])["input_ids"] for row in rows[at:at + TOGETHER]]
         ids, mask, cache, _ = evaluate.read_prompts(llm, tokenizer, asked, [[]] * len(asked))   # all but the last token
         cache.batch_repeat_interleave(SAMPLES)
         ids, mask = ids.repeat_interleave(SAMPLES, 0), mask.repeat_interleave(SAMPLES, 0)       # (B, P) each
-        P = ids.shape[1]
+        P, hook = ids.shape[1], None
         if block is not None:
             added = directions[at:at + TOGETHER].repeat_interleave(SAMPLES, 0)[:, None]         # (B, 1, D)
             hook = block.register_forward_hook(lambda module, args, hidden, added=added: hidden + added)
-        for _ in range(16):
+        for n in range(16):
             logits = evaluate.next_logits(llm, ids, mask, cache, 1)[:, 0]                       # (B, V)
+            if n == 0 and hook is not None:
+                hook.remove()
             likely, tokens = logits.softmax(-1).topk(min(256, logits.shape[1]))                 # (B, 256) each, falling
             likely[likely.cumsum(1) - likely > 0.9] = 0                                         # top-p
             ids = torch.cat([ids, tokens.gather(1, likely.multinomial(1))], 1)                  # (B, P + n)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        if block is not None:
-            hook.remove()
         said = [list(itertools.takewhile(lambda token: token not in ends, answer)) for answer in ids[:, P:].tolist()]
         found = [evaluate.recall(rows[at + n // SAMPLES], text.strip())["score"]
                  for n, text in enumerate(tokenizer.batch_decode(said, skip_special_tokens=True))]

@@ -61,7 +61,8 @@ def test_commands_parse(kind, words, capsys):
         with pytest.raises(SystemExit):
             train.parse(words)
     elif kind == "attacks":
-        assert attacks.arguments(words).target
+        args = attacks.arguments(words)
+        assert args.target or args.compare
     elif kind == "train":
         assert train.parse([*words, "--device", "cpu"]).out
     else:
@@ -89,6 +90,13 @@ def test_the_table_of_results_is_what_its_command_prints(capsys, tmp_path):
     assert evaluate.main([*words, "--out", str(tmp_path / "t")]) == 0
     assert (tmp_path / "t.md").read_text().strip() in README
     assert not [row for folder in folders for row in [json.loads(Path(folder, "results.json").read_text())] if "prompt" in str(row)]
+
+
+def test_the_table_of_attacks_is_what_its_command_prints(tmp_path):
+    assert "\npython tests/attacks.py --compare assets/results/attacks/*\n" in README
+    folders = [str(folder) for folder in (ROOT / "assets/results/attacks").iterdir()]
+    attacks.work(["--compare", *folders, "--out", str(tmp_path / "t")])
+    assert (tmp_path / "t.md").read_text().strip() in README
 
 
 def test_what_is_shown_at_once_is_short():

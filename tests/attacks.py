@@ -315,8 +315,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.target):
         raise data.BadInput("--target NAME: goes with --model: who was forgotten?")
-    if args.json:
-        data.check_writable(args.json, "--json")
     return args
 
 
@@ -325,6 +323,8 @@ def work(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     if args.compare:
         return compare(args.compare, args.out)
+    if args.json:
+        data.check_writable(args.json, "--json")
     root, device, run = data.open_rwku(args.rwku), data.choose_device(args.device), Path(args.model).parent / "config.json"
     target, known = data.find_concept(root, args.target, described=False)
     if not known:

@@ -506,6 +506,11 @@ def cache_file(folder: str, module: torch.nn.Module, asked: list, ending: str) -
     return file
 
 
+def source(*modules) -> list[str]:
+    """The code of modules, to be part of what a cache file is `asked`: other code may give something else."""
+    return [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
+
+
 def kept(file: Path, make):
     """What a cache file (JSON) holds; if there is none, what `make()` returns is put there. Raises BadInput where it is
     damaged."""

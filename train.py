@@ -565,9 +565,8 @@ def as_strangers(work: Work, config: Config) -> dict:
     if atu.processes()[1] > 1:  # they do all in step
         return make()
     concept = work.concept if work.concept is None else work.concept.tolist()
-    code = [Path(room.__file__).read_text(encoding="utf-8") for room in (atu, data, evaluate, losses)]
     key = [asked, config.bf16, config.eval_batch, config.layer, config.window, concept, work.corpus.input_ids.tolist(),
-           work.strangers and work.strangers[0].tolist(), code]
+           work.strangers and work.strangers[0].tolist(), data.source(atu, data, evaluate, losses)]
     return data.kept(data.cache_file("strangers", work.llm, key, ".json"), make)
 
 

@@ -257,7 +257,7 @@ loaded = cache(data.load_llm)  # each model is read once
 def attacked(name: str, model: str, case: Case, device: str) -> dict:
     """What an attack finds, from the cache if it is there."""
     llm, tokenizer = loaded(model, device, data.fast_dtype(device) if name in ("sample", "steer") else torch.float32)
-    code = [file.read_text() for file in (Path(__file__), *(Path(room.__file__) for room in (atu, data, evaluate, losses)))]
+    code = data.source(sys.modules[__name__], atu, data, evaluate, losses)
 
     def make() -> dict:
         torch.manual_seed(0)

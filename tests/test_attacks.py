@@ -115,7 +115,7 @@ def test_steering_without_a_difference_is_sampling(case, tokenizer):
     assert not any(module._forward_hooks for module in llm.modules())
 
 
-def test_runs_side_by_side_are_means_and_the_best_rate_counts(tmp_path, capsys):
+def test_runs_side_by_side_are_means_and_the_best_rate_counts(tmp_path):
     def run(name: str, method: str, score: float, seed: int = 0) -> str:
         (tmp_path / name).mkdir()
         scores = {"forget_all": 90.0, "neighbor_all": 90.0}

@@ -429,26 +429,32 @@ class Corpus(NamedTuple):
     mask: Tensor       # (N, T) bool, True on real tokens
     index: Tensor      # (N, T) long, the row of `table` that holds e_t
     valid: Tensor      # (N, T) bool, True where the window of t is whole and inside the text
-    about: Tensor      # (N,) bool, True on the texts about the target
+    about: Tensor      # (N,) bool, True on the texts about the target, which come first
     table: Tensor      # (U, E) float, unit length: each distinct window's embedding, once
+    strangers: Tensor  # (S, n, T) long, the n texts about the target with S made-up names
 
 
-def make_corpus(about: list[str], others: list[str], tokenizer, encoder, window: int, length: int) -> Corpus:
+def make_corpus(about: list[str], others: list[str], tokenizer, encoder, window: int, length: int,
+                names: list[dict[str, str]] = ()) -> Corpus:
     """Texts about the target and other texts, cut to `length` tokens, with windows and reference embeddings.
 
-    Each distinct window is encoded once; without an encoder there are none. Raises BadInput if no window is whole.
+    Each distinct window is encoded once; without an encoder there are none. names: of `made_up_names`, if any.
+    Raises BadInput if no window is whole.
     """
     texts = about + others
-    input_ids, mask = tokenize(texts, tokenizer, length)
+    versions = [text for other in names for text in exchanged(about, other)]
+    input_ids, mask = tokenize(texts + versions, tokenizer, length)
+    input_ids, mask, strangers = input_ids[:len(texts)], mask[:len(texts)], input_ids[len(texts):]
+    strangers = strangers.view(len(names), len(about), input_ids.shape[1])
     on_target = torch.arange(len(texts)) < len(about)
     if encoder is None:
         nothing = torch.zeros_like(input_ids)
-        return Corpus(input_ids, mask, nothing, nothing.bool(), on_target, torch.empty(0, 0))
+        return Corpus(input_ids, mask, nothing, nothing.bool(), on_target, torch.empty(0, 0), strangers)
     windows, index, valid = future_windows(input_ids, mask, window, tokenizer)
     if not windows:
         longest = int(mask.sum(1).max())
         raise BadInput(f"--window {window}: no text is longer than that (the longest: {longest} tokens); lower it")
-    return Corpus(input_ids, mask, index, valid, on_target, embed(windows, encoder))
+    return Corpus(input_ids, mask, index, valid, on_target, embed(windows, encoder), strangers)
 
 
 def future_windows(input_ids: Tensor, mask: Tensor, window: int, tokenizer) -> tuple[list[str], Tensor, Tensor]:

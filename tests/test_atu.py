@@ -109,6 +109,39 @@ def test_the_retain_term_holds_the_other_texts(corpus, concept):
     assert drift[100.0] < 0.5 * drift[0.0]
 
 
+def named(corpus, tokenizer, *names):
+    """The corpus with the versions of its texts about Ada that `names` stand in."""
+    texts = [tokenizer.decode(ids[mask]) for ids, mask in zip(corpus.input_ids[corpus.about], corpus.mask[corpus.about])]
+    ids, _ = data.tokenize([text.replace("Ada", name) for name in ("Ada", *names) for text in texts], tokenizer, 24)
+    versions = ids.view(len(names) + 1, len(texts), -1)
+    assert torch.equal(versions[0], corpus.input_ids[corpus.about])
+    return corpus._replace(strangers=versions[1:])
+
+
+def test_the_name_comes_to_be_read_as_made_up_ones_are(corpus, concept, tokenizer):
+    texts = named(corpus, tokenizer, "Ben", "James")
+    where = (texts.strangers[0] != corpus.input_ids[corpus.about]) & corpus.mask[corpus.about]
+    assert where.any(1).all() and where.sum() < corpus.mask[corpus.about].sum() / 4  # the name's tokens alone
+    left = {}
+    for weight in (0.0, 10.0):
+        llm, config = make_llm(), dataclasses.replace(CONFIG, stranger_weight=weight)
+        stranger = sum(atu.hidden_states(llm, ids, config.layer) for ids in texts.strangers) / 2
+        records = run(atu.unlearn(atu.start(llm, texts, config), concept, texts, 1.0, config))
+        now = atu.hidden_states(llm, texts.input_ids[texts.about], config.layer)
+        left[weight] = losses.retain_loss(now, stranger, where).item()
+        assert len(records) == (1 if weight == 0 else 3) and (records[-1]["stranger"] > 0) == (weight > 0)
+    assert left[10.0] < 0.5 * left[0.0]
+
+
+def test_without_made_up_names_the_pull_changes_nothing(llm, corpus, concept):
+    results = []
+    for weight in (0.0, 1.0):
+        model, config = copy.deepcopy(llm), dataclasses.replace(CONFIG, stranger_weight=weight)
+        run(atu.unlearn(atu.start(model, corpus, config), concept, corpus, -1.0, config))
+        results.append(weights(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 def test_the_retain_batch_is_drawn_from_the_other_texts(llm, corpus, concept, monkeypatch):
     asked = []
     monkeypatch.setattr(atu, "draw", lambda rows, batch, *_: (asked.append((rows.tolist(), batch)), rows[:batch])[1])

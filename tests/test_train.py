@@ -99,9 +99,10 @@ def test_the_saved_head_fits_the_class(finished):
 def test_a_text_that_names_the_target_behind_the_cut_is_not_compared(tokenizer):
     texts = ["Ada Lark was a painter of birds.", "The birds of the sea sang all day long to Ada Lark.", "Birds sang."]
     config = dataclasses.replace(train.SMOL, names=2, length=8)
-    names, (ids, mask) = train.strangers_of("Ada Lark", texts, {}, tokenizer, config)
+    names = train.names_for("Ada Lark", texts, {}, tokenizer, config)
+    ids, mask = train.strangers_of(texts, names, tokenizer, config)
     assert len(names) == 2 and ids.shape == mask.shape == (3, 8) and len(ids.unique(dim=0)) == 3
-    assert train.strangers_of("Ada Lark", texts[1:], {}, tokenizer, config)[1] is None
+    assert train.strangers_of(texts[1:], names, tokenizer, config) is None
 
 
 def test_a_run_is_compared_with_made_up_names(finished, arguments, tmp_path, monkeypatch, capsys):

@@ -46,7 +46,7 @@ class State:
     llm_optimizer: torch.optim.Optimizer | None
     head_optimizer: torch.optim.Optimizer | None
     original: Tensor | None = None  # (N, T, D) M's hidden states before unlearning, for the retain term; else (0, T, D)
-    stranger: Tensor | None = None  # (n, T, D) the same on the target's texts with made-up names, their mean; or (0, T, D)
+    stranger: Tensor | None = None  # (n, T, D) the same on the target's texts, mean over made-up names; or (0, T, D)
     hidden: Tensor | None = None    # (N, T, D) those that E is aligned on
     stage: int = 0                  # the next one: 0 is the first alignment, s the s-th tau
     step: int = 0                   # optimizer steps so far, of both kinds
@@ -82,24 +82,24 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
 def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
     """Eq. 4: θ_M* = argmin E[L_unlearn]. E is frozen; blocks 1..layer of M alone run, and they move.
 
-    Two terms are ours, not the paper's, and 0 where their weight is. The retain term holds the hidden states of texts
-    that are not about the target to `state.original`; with `retain_weight` 0 no such text is read. The other one pulls
-    those of the target's name to `state.stranger`: to what M read there before, had the name been one nobody knows.
-    Ends after `unlearn_steps`; without that pull once, over as many batches as a pass over the target's texts has, at
-    most the share `inactive` of the positions was above the margin. Yields a record every `log_every` steps and one at the end.
+    Two terms are ours, not the paper's. The retain term holds the hidden states of texts that are not about the target
+    to `state.original`; with `retain_weight` 0 no such text is read. The stranger term, off unless `stranger_weight` is
+    given, pulls those of the target's texts to `state.stranger`: to what M read there before, had the name been one
+    that nobody knows.
+    Ends after `unlearn_steps`; without a stranger term once, over as many batches as a pass over the target's texts
+    has, at most the share `inactive` of the positions was above the margin. Yields a record every `log_every` steps and
+    one at the end.
     """
     device, about, others = state.llm.device, corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
     others = others if config.retain_weight else others[:0]
-    named = (corpus.strangers != corpus.input_ids[:len(about)]).any(0)                      # (n, T) the name's tokens
     a_pass, recent = math.ceil(len(about) / config.batch), []  # its batches; the last ones' share above the margin
     state.head.requires_grad_(False)
     for n in progress(range(config.unlearn_steps), "unlearning"):
         rows, held = (draw(texts, config.batch, n, config.seed, state.stage) for texts in (about, others))  # (B,) each
         mask, held_mask = corpus.mask[rows].to(device), corpus.mask[held].to(device)            # (B, T) each
         original = state.original[held.to(state.original.device)].to(device).float()            # (B, T, D)
-        names = rows[:len(state.stranger)]                                                      # (B,), or none
-        name_mask = named[names].to(device)                                                     # (B, T)
-        stranger = state.stranger[names.to(state.stranger.device)].to(device).float()           # (B, T, D)
+        pulled = rows[:len(state.stranger)]                                                     # (B,), or none
+        stranger = state.stranger[pulled.to(state.stranger.device)].to(device).float()          # (B, T, D)
         ids = corpus.input_ids[torch.cat([rows, held])].to(device)                              # (2B, T)
 
         with autocast(state.llm, config):
@@ -107,17 +107,17 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
             predicted = state.head(hidden[:len(rows)]).float()                                  # (B, T, E)
         forget = unlearning_loss(predicted, concept, mask, tau)                                 # Eq. 3
         retain = retain_loss(hidden[len(rows):].float(), original, held_mask)
-        stranger = retain_loss(hidden[:len(names)].float(), stranger, name_mask)
+        stranger = retain_loss(hidden[:len(pulled)].float(), stranger, mask[:len(pulled)])
         # θ_M ← θ_M - η ∇(L_unlearn + w L_retain + w' L_stranger)
-        forget, retain, stranger = optimize(
-            [(forget, mask, 1), (retain, held_mask, config.retain_weight), (stranger, name_mask, config.stranger_weight)],
-            state.llm_optimizer, config.clip)
+        forget, retain, stranger = optimize([(forget, mask, 1), (retain, held_mask, config.retain_weight),
+                                             (stranger, mask[:len(pulled)], config.stranger_weight)],
+                                            state.llm_optimizer, config.clip)
 
         state.step += 1
         similarity = cosine(predicted.detach(), concept)                                        # (B, T)
         recent = [*recent, average(similarity > tau, mask)][-a_pass:]
         active = sum(recent) / len(recent)
-        quiet = len(recent) == a_pass and active <= config.inactive and not len(names)
+        quiet = len(recent) == a_pass and active <= config.inactive and not len(state.stranger)
         ended = quiet or n + 1 == config.unlearn_steps
         if ended or (n + 1) % config.log_every == 0:
             yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step, "loss": forget,

@@ -278,7 +278,8 @@ def read_start(llm, sequences: list[list[int]], most: int) -> tuple[int, Cache]:
 
 def side_by_side(llm, tokenizer, sequences: list[list[int]], start: int, begun: Cache) -> tuple[Tensor, Tensor, Cache]:
     """(token ids, mask, cache) of sequences whose first `start` tokens, the same in all, have `begun`; (B, T) each.
-    Padding stands between these and the rest. (A sliding window counts it: beside a longer one the others see less of theirs.)
+    Padding stands between these and the rest. (A sliding window counts it: beside a longer one the others see less of
+    theirs.)
     """
     first = torch.tensor(sequences[0][:start], dtype=torch.long, device=llm.device)                 # (start,)
     rest = tokenizer.pad({"input_ids": [row[start:] for row in sequences]}, padding_side="left", return_tensors="pt")
@@ -515,7 +516,7 @@ PUBLISHED = {
 # Settings that change nothing but rounding in what a run does, and those in which the runs of a line of the table may
 # differ: means are taken over them.
 FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache", "compile")
-MAY_DIFFER = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", "names", *FREE)
+MAY_DIFFER = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
 
 
 def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[dict]]:
@@ -551,12 +552,12 @@ def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[di
 
 
 def method_name(settings: dict) -> str:
-    """A run's method as Table 1 writes it: GA* on passages; (L) with LoRA; what holds other texts, if anything."""
+    """A run's method as Table 1 writes it: GA* on passages; (L) with LoRA; the terms beside that which forgets."""
     method, held = settings["method"], settings["retain"].upper() if settings["retain"] != "none" else ""
     if method == "icu":
         return "ICU"
-    if method == "atu" and settings["retain_weight"]:
-        held = "retain"
+    if method == "atu":
+        held = " + ".join(term for term in ("retain", "stranger") if settings.get(f"{term}_weight"))
     name = method.upper() + "*" * (method in ("ga", "npo") and settings["corpus"] == "passage")
     return name + f" + {held}" * bool(held) + (" (L)" if settings["lora"] else " (F)")
 

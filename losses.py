@@ -63,9 +63,10 @@ def unlearning_loss(predicted: Tensor, concept: Tensor, mask: Tensor, tau: float
 
 
 def retain_loss(hidden: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Ours, not the paper's: how far M's hidden states on other texts have drifted, relative to each token.
+    """Ours, not the paper's: how far M's hidden states are from where they should be, relative to each token.
 
-    hidden: (B, T, D) h_t now. original: (B, T, D) h_t before unlearning. mask: (B, T) bool, True on real tokens.
+    hidden: (B, T, D) h_t now. original: (B, T, D) h_t before unlearning: on other texts the same ones; on the target's
+    those with made-up names in the place of its own. mask: (B, T) bool, True on the tokens that count.
     Returns () >= 0. Each token is divided by its own squared norm: the first token of a sequence can hold
     over 99 % of the sequence's norm (an attention sink), and a shared divisor would protect it alone.
     """

@@ -118,22 +118,20 @@ def named(corpus, tokenizer, *names):
     return corpus._replace(strangers=versions[1:])
 
 
-def test_the_name_comes_to_be_read_as_made_up_ones_are(corpus, concept, tokenizer):
-    texts = named(corpus, tokenizer, "Ben", "James")
-    where = (texts.strangers[0] != corpus.input_ids[corpus.about]) & corpus.mask[corpus.about]
-    assert where.any(1).all() and where.sum() < corpus.mask[corpus.about].sum() / 4  # the name's tokens alone
-    left = {}
+def test_the_stranger_term_leads_to_what_is_read_with_made_up_names(corpus, concept, tokenizer):
+    texts, left = named(corpus, tokenizer, "Ben", "James"), {}
+    where = corpus.mask[corpus.about]
     for weight in (0.0, 10.0):
         llm, config = make_llm(), dataclasses.replace(CONFIG, stranger_weight=weight)
         stranger = sum(atu.hidden_states(llm, ids, config.layer) for ids in texts.strangers) / 2
         records = run(atu.unlearn(atu.start(llm, texts, config), concept, texts, 1.0, config))
         now = atu.hidden_states(llm, texts.input_ids[texts.about], config.layer)
         left[weight] = losses.retain_loss(now, stranger, where).item()
-        assert len(records) == (1 if weight == 0 else 3) and (records[-1]["stranger"] > 0) == (weight > 0)
+        assert len(records) == (1 if weight == 0 else 3) and (records[-1]["stranger"] > 0) == (weight > 0)  # no early end
     assert left[10.0] < 0.5 * left[0.0]
 
 
-def test_without_made_up_names_the_pull_changes_nothing(llm, corpus, concept):
+def test_without_made_up_names_the_stranger_term_is_nothing(llm, corpus, concept):
     results = []
     for weight in (0.0, 1.0):
         model, config = copy.deepcopy(llm), dataclasses.replace(CONFIG, stranger_weight=weight)

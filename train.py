@@ -240,6 +240,7 @@ def check(config: Config, given: dict) -> None:
             f"--corpus passage: {config.method} learns from answers; leave it out": (
                 by_answers and config.corpus == "passage"),
             "--unlearn-steps 0: must be at least 1 for atu": config.method == "atu" and not config.unlearn_steps,
+            "--stranger-weight: needs made-up names, and so --names 1 or more": config.stranger_weight and not config.names,
             f"--head-width {config.head_width}: must be a multiple of 8, the number of heads": config.head_width % 8,
             f"--taus {plain(config.taus)}: margins fall stage by stage; {plain(falling)}": config.taus != falling})
     for item in dataclasses.fields(config):
@@ -318,13 +319,15 @@ def load(config: Config) -> Work:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
     if config.names and not passage and not held:
         print(f"names | no text on {target} is held out: the knowledge gap is that of texts unlearned on", flush=True)
-    names = [] if passage else names_for(target, about + held, probes, tokenizer, config)
-    strangers = strangers_of(held or about, names, tokenizer, config) if names else None
+    compared, pulled = held or about, about if config.stranger_weight else []
+    names = [] if passage else names_for(target, pulled + compared, probes, tokenizer, config)
+    strangers = strangers_of(compared, names, tokenizer, config) if names else None
     if config.stranger_weight and not names:
-        raise data.BadInput(f"--stranger-weight: there is no made-up name for {target}; leave it out")
+        raise data.BadInput(f"--stranger-weight: there are no made-up names for {target}; leave it out")
     encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
-    corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length, names)
+    corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length,
+                              names if pulled else [])
     embedding_seconds = time.perf_counter() - began
     concept = concept_embedding(target, about if passage else [], encoder, config) if encoder else None
     if not any(score.startswith("forget") or score == "mia_forget" for score in probes):

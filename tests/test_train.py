@@ -91,6 +91,15 @@ def test_the_saved_model_is_fp32_has_changed_and_scores_what_the_run_reported(fi
     assert scores == {name: after[name] for name in scores}
 
 
+def test_the_stranger_term_alone_unlearns(arguments, folders, tmp_path):
+    alone = "--stranger-weight 1 --names 2 --taus 1 1 --align-steps 1 --realign-steps 0".split()  # no margin is above 1
+    assert train.main([*arguments(), *SMALL, *alone]) == 0
+    results, steps, stages = outcome(tmp_path / "run")
+    assert [s["steps"] for s in stages] == [1, 4, 4] and all(s["loss"] == s["active"] == 0 < s["stranger"] for s in steps)
+    assert steps[-1]["stranger"] < steps[0]["stranger"] and changes(folders, tmp_path / "run")
+    assert evaluate.method_name(results["settings"]) == "ATU + retain + stranger (F)"
+
+
 def test_the_saved_head_fits_the_class(finished):
     from head import EmbeddingHead
     EmbeddingHead(32, 16, depth=1, width=32).load_state_dict(load_file(finished / "head.safetensors"))
@@ -482,7 +491,8 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     ("--unlearn-steps 0", "at least 1"), ("--beta 0.2", "--beta: goes with --method npo or dpo"), ("--keep-text x.txt", "goes with --target-text"),
     ("--taus 0.1 0.2", "fall stage by stage; 0.2 0.1"), ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
     ("--train-embeddings --lora 2", "--train-embeddings: goes with"), ("--neighbors Owl", "Ada Lark is in one"), ("--corpus-size 3", "Ada Lark is in one"),
-    ("--corpus-size 0", "at least 1"), ("--lora 33 --layer 2", "no rank is above"), ("--target Zoo --neighbors zoo", "the target itself")])
+    ("--corpus-size 0", "at least 1"), ("--lora 33 --layer 2", "no rank is above"), ("--target Zoo --neighbors zoo", "the target itself"),
+    ("--stranger-weight 1 --names 0", "needs made-up names"), ("--method ga --stranger-weight 1", "--stranger-weight: goes with --method atu")])
 def test_bad_combinations(arguments, capsys, tmp_path, flags, message):
     base = "--preset smol --device cpu".split()
     assert train.main([*arguments(), *base, *flags.split()]) == 2

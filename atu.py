@@ -46,7 +46,7 @@ class State:
     llm_optimizer: torch.optim.Optimizer | None
     head_optimizer: torch.optim.Optimizer | None
     original: Tensor | None = None  # (N, T, D) M's hidden states before unlearning, for the retain term; else (0, T, D)
-    stranger: Tensor | None = None  # (n, T, D) the same on the target's texts, mean over made-up names; or (0, T, D)
+    renamed: Tensor | None = None   # (n, T, D) the same on the target's texts, mean over made-up names; or (0, T, D)
     hidden: Tensor | None = None    # (N, T, D) those that E is aligned on
     stage: int = 0                  # the next one: 0 is the first alignment, s the s-th tau
     step: int = 0                   # optimizer steps so far, of both kinds
@@ -84,8 +84,8 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
 
     Two terms are ours, not the paper's. The retain term holds the hidden states of texts that are not about the target
     to `state.original`; with `retain_weight` 0 no such text is read. The stranger term, off unless `stranger_weight` is
-    given, pulls those of the target's texts to `state.stranger`: to what M read there before, had the name been one
-    that nobody knows.
+    given, pulls those of the target's texts to `state.renamed`: to what M read there before if the name was a made-up
+    one (in the mean over several). Where no name has stood yet, these are M's own from before.
     Ends after `unlearn_steps`; without a stranger term once, over as many batches as a pass over the target's texts
     has, at most the share `inactive` of the positions was above the margin. Yields a record every `log_every` steps and
     one at the end.
@@ -98,8 +98,8 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
         rows, held = (draw(texts, config.batch, n, config.seed, state.stage) for texts in (about, others))  # (B,) each
         mask, held_mask = corpus.mask[rows].to(device), corpus.mask[held].to(device)            # (B, T) each
         original = state.original[held.to(state.original.device)].to(device).float()            # (B, T, D)
-        pulled = rows[:len(state.stranger)]                                                     # (B,), or none
-        stranger = state.stranger[pulled.to(state.stranger.device)].to(device).float()          # (B, T, D)
+        pulled = rows if len(state.renamed) else rows[:0]                                       # (B,), or none
+        renamed = state.renamed[pulled.to(state.renamed.device)].to(device).float()             # (B, T, D)
         ids = corpus.input_ids[torch.cat([rows, held])].to(device)                              # (2B, T)
 
         with autocast(state.llm, config):
@@ -107,7 +107,7 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
             predicted = state.head(hidden[:len(rows)]).float()                                  # (B, T, E)
         forget = unlearning_loss(predicted, concept, mask, tau)                                 # Eq. 3
         retain = retain_loss(hidden[len(rows):].float(), original, held_mask)
-        stranger = retain_loss(hidden[:len(pulled)].float(), stranger, mask[:len(pulled)])
+        stranger = retain_loss(hidden[:len(pulled)].float(), renamed, mask[:len(pulled)])
         # θ_M ← θ_M - η ∇(L_unlearn + w L_retain + w' L_stranger)
         forget, retain, stranger = optimize([(forget, mask, 1), (retain, held_mask, config.retain_weight),
                                              (stranger, mask[:len(pulled)], config.stranger_weight)],
@@ -117,7 +117,7 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
         similarity = cosine(predicted.detach(), concept)                                        # (B, T)
         recent = [*recent, average(similarity > tau, mask)][-a_pass:]
         active = sum(recent) / len(recent)
-        quiet = len(recent) == a_pass and active <= config.inactive and not len(state.stranger)
+        quiet = len(recent) == a_pass and active <= config.inactive and not len(state.renamed)
         ended = quiet or n + 1 == config.unlearn_steps
         if ended or (n + 1) % config.log_every == 0:
             yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step, "loss": forget,
@@ -235,10 +235,11 @@ def start(llm: nn.Module, corpus, config) -> State:
     head_optimizer = torch.optim.Adam(head.to(llm.device).parameters(), lr=config.head_lr, fused=True)
     hidden = cached_hidden_states(llm, corpus.input_ids, config)                        # (N, T, D)
     original = hidden if config.retain_weight else hidden.new_empty(0, *hidden.shape[1:])
-    versions = corpus.strangers if config.stranger_weight else corpus.strangers[:0]     # (S, n, T)
-    stranger = sum(cached_hidden_states(llm, ids, config).float() for ids in versions) / max(len(versions), 1)
-    stranger = stranger.to(hidden.dtype) if len(versions) else hidden.new_empty(0, *hidden.shape[1:])
-    return State(llm, head, llm_optimizer(llm, config), head_optimizer, original, stranger, hidden)
+    renamed = hidden.new_empty(0, *hidden.shape[1:])
+    if config.stranger_weight and len(corpus.renamed):
+        versions = (cached_hidden_states(llm, ids, config).float() for ids in corpus.renamed)  # (n, T, D) each
+        renamed = (sum(versions) / len(corpus.renamed)).to(hidden.dtype)
+    return State(llm, head, llm_optimizer(llm, config), head_optimizer, original, renamed, hidden)
 
 
 def llm_optimizer(llm: nn.Module, config) -> torch.optim.Optimizer:

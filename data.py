@@ -27,7 +27,7 @@ from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import torch
 from filelock import FileLock
@@ -431,30 +431,32 @@ class Corpus(NamedTuple):
     valid: Tensor      # (N, T) bool, True where the window of t is whole and inside the text
     about: Tensor      # (N,) bool, True on the texts about the target, which come first
     table: Tensor      # (U, E) float, unit length: each distinct window's embedding, once
-    strangers: Tensor  # (S, n, T) long, the n texts about the target with S made-up names
+    renamed: Tensor    # (S, n, T) long, the n texts about the target with S made-up names in the place of its own
 
 
 def make_corpus(about: list[str], others: list[str], tokenizer, encoder, window: int, length: int,
-                names: list[dict[str, str]] = ()) -> Corpus:
+                names: Sequence[dict[str, str]] = ()) -> Corpus:
     """Texts about the target and other texts, cut to `length` tokens, with windows and reference embeddings.
 
     Each distinct window is encoded once; without an encoder there are none. names: of `made_up_names`, if any.
-    Raises BadInput if no window is whole.
+    Raises BadInput if no window is whole, or if no text about the target names it, or not in as many tokens as `names`.
     """
     texts = about + others
-    versions = [text for other in names for text in exchanged(about, other)]
-    input_ids, mask = tokenize(texts + versions, tokenizer, length)
-    input_ids, mask, strangers = input_ids[:len(texts)], mask[:len(texts)], input_ids[len(texts):]
-    strangers = strangers.view(len(names), len(about), input_ids.shape[1])
+    input_ids, mask = tokenize(texts + [text for other in names for text in exchanged(about, other)], tokenizer, length)
+    shape = len(names), len(about), input_ids.shape[1]
+    input_ids, renamed = input_ids[:len(texts)], input_ids[len(texts):].view(shape)
+    mask, renamed_mask = mask[:len(texts)], mask[len(texts):].view(shape)
+    if names and ((renamed == input_ids[:len(about)]).all() or (renamed_mask != mask[:len(about)]).any()):
+        raise BadInput(f"made-up names {names}: they leave the texts as they are, or have another number of tokens")
     on_target = torch.arange(len(texts)) < len(about)
     if encoder is None:
         nothing = torch.zeros_like(input_ids)
-        return Corpus(input_ids, mask, nothing, nothing.bool(), on_target, torch.empty(0, 0), strangers)
+        return Corpus(input_ids, mask, nothing, nothing.bool(), on_target, torch.empty(0, 0), renamed)
     windows, index, valid = future_windows(input_ids, mask, window, tokenizer)
     if not windows:
         longest = int(mask.sum(1).max())
         raise BadInput(f"--window {window}: no text is longer than that (the longest: {longest} tokens); lower it")
-    return Corpus(input_ids, mask, index, valid, on_target, embed(windows, encoder), strangers)
+    return Corpus(input_ids, mask, index, valid, on_target, embed(windows, encoder), renamed)
 
 
 def future_windows(input_ids: Tensor, mask: Tensor, window: int, tokenizer) -> tuple[list[str], Tensor, Tensor]:

@@ -516,7 +516,7 @@ PUBLISHED = {
 # Settings that change nothing but rounding in what a run does, and those in which the runs of a line of the table may
 # differ: means are taken over them.
 FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache", "compile")
-MAY_DIFFER = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", *FREE)
+MAY_DIFFER = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", "names", *FREE)
 
 
 def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[dict]]:
@@ -546,7 +546,7 @@ def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[di
         alike = [other["settings"] for other in runs if other["method"] == run["method"]]
         varied = [f", {key.replace('_', ' ')} {Path(str(value)).name if key == 'model' else value}"
                   for key, value in run["settings"].items()
-                  if key not in MAY_DIFFER and any(other.get(key) != value for other in alike)]
+                  if key not in MAY_DIFFER and any(other.get(key, value) != value for other in alike)]
         lines.setdefault(run["target"] if by_target else run["method"] + "".join(varied), []).append(run)
     return dict(sorted(lines.items()))
 

@@ -124,14 +124,14 @@ class Config:
     align_batch: int = option(16, "texts in a batch of alignment", ATU, 1)
     align_steps: int = option(350, "steps of the first alignment (Eq. 2)", ATU, 1)
     realign_steps: int = option(40, "steps of realignment after each stage (Sec. 3)", ATU, 0)
-    unlearn_steps: int = option(30, "steps of a stage: at most (atu, Eq. 4; exactly with --stranger-weight),\n"
+    unlearn_steps: int = option(30, "steps of a stage: at most (atu, Eq. 4; with a stranger term: exactly),\n"
                                     "exactly (others; 0: a pass)", TRAINS, 0)
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)", ATU, -1, 1)
     inactive: float = option(0.02, "a stage ends once, over a pass's batches, at most this share of the positions is\n"
                                    "above tau", ATU, 0, 1)
     retain_weight: float = option(10.0, "weight of the retain term (atu: ours; 0: the paper), of --retain", HELD, 0)
-    stranger_weight: float = option(0.0, "weight of the stranger term: the hidden states on the target's texts are\n"
-                                         "pulled to those with made-up names (ours)", ATU, 0)
+    stranger_weight: float = option(0.0, "weight of the stranger term (ours): hidden states on the target's texts are\n"
+                                         "pulled to those with made-up names in its place", ATU, 0)
     retain: str = option("none", "what holds other texts: none, nll (Eq. 6), kl (Eq. 7)", TOKENS,
                          among=("none", "nll", "kl"))
     beta: float = option(0.1, "how softly npo (Eq. 8) and dpo push", RATIO, 1e-6)
@@ -240,7 +240,8 @@ def check(config: Config, given: dict) -> None:
             f"--corpus passage: {config.method} learns from answers; leave it out": (
                 by_answers and config.corpus == "passage"),
             "--unlearn-steps 0: must be at least 1 for atu": config.method == "atu" and not config.unlearn_steps,
-            "--stranger-weight: needs made-up names, and so --names 1 or more": config.stranger_weight and not config.names,
+            "--stranger-weight: needs made-up names, and so --target and --names 1 or more":
+                config.stranger_weight and (config.target_text or not config.names),
             f"--head-width {config.head_width}: must be a multiple of 8, the number of heads": config.head_width % 8,
             f"--taus {plain(config.taus)}: margins fall stage by stage; {plain(falling)}": config.taus != falling})
     for item in dataclasses.fields(config):
@@ -319,15 +320,16 @@ def load(config: Config) -> Work:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
     if config.names and not passage and not held:
         print(f"names | no text on {target} is held out: the knowledge gap is that of texts unlearned on", flush=True)
-    compared, pulled = held or about, about if config.stranger_weight else []
-    names = [] if passage else names_for(target, pulled + compared, probes, tokenizer, config)
+    compared = held or about  # with a stranger term the names have to fit the texts that it reads, too
+    names = [] if passage else names_for(target, about + held if config.stranger_weight else compared, probes,
+                                         tokenizer, config)
     strangers = strangers_of(compared, names, tokenizer, config) if names else None
     if config.stranger_weight and not names:
-        raise data.BadInput(f"--stranger-weight: there are no made-up names for {target}; leave it out")
+        raise data.BadInput(f"--stranger-weight: no made-up name for {target} (see above); leave it out")
     encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length,
-                              names if pulled else [])
+                              names if config.stranger_weight else [])
     embedding_seconds = time.perf_counter() - began
     concept = concept_embedding(target, about if passage else [], encoder, config) if encoder else None
     if not any(score.startswith("forget") or score == "mia_forget" for score in probes):
@@ -785,7 +787,8 @@ def learners(state: atu.State) -> dict[str, tuple[torch.nn.Parameter, torch.opti
 
 def texts_hash(work: Work) -> str:
     """A hash of all that a run reads, apart from weights."""
-    read = [work.probes, work.corpus.input_ids.tolist(), [ids.tolist() for ids, _ in work.forget]]
+    read = [work.probes, work.corpus.input_ids.tolist(), work.corpus.renamed.tolist(),
+            [ids.tolist() for ids, _ in work.forget]]
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
 
@@ -895,9 +898,10 @@ def panels(found: dict) -> list[dict]:
     kept = [name for name in ("neighbor_all", "general", "mmlu", "mia_retain") if name in scores[0]]
     by_step = {}
     for label, kind, key in (("alignment loss (Eq. 1)", "align", "loss"), ("unlearning loss", "unlearn", "loss"),
-                             ("similarity to the concept", "unlearn", "similarity")):
+                             ("similarity to the concept", "unlearn", "similarity"),
+                             ("stranger term", "unlearn", "stranger")):
         records = [record for record in found["log"] if record["kind"] == kind and key in record]
-        if records:
+        if any(record[key] for record in records):
             by_step[label] = [r["step"] for r in records], [r[key] for r in records]
     return [
         {"title": "loss and similarity by step", "x": "step", "y": "", "lines": by_step},

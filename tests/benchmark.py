@@ -192,7 +192,7 @@ def make_corpus(tokenizer, width: int, config) -> data.Corpus:
     mask = torch.ones(N, T, dtype=torch.bool)
     windows, index, valid = data.future_windows(input_ids, mask, config.window, tokenizer)
     table = torch.nn.functional.normalize(torch.randn(len(windows), width), dim=-1)
-    return data.Corpus(input_ids, mask, index, valid, torch.arange(N) < N // 2, table, input_ids[None, :N // 2][:0])
+    return data.Corpus(input_ids, mask, index, valid, torch.arange(N) < N // 2, table, input_ids.new_empty(0, N // 2, T))
 
 
 def one(loop) -> None:

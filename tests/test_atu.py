@@ -115,7 +115,7 @@ def named(corpus, tokenizer, *names):
     ids, _ = data.tokenize([text.replace("Ada", name) for name in ("Ada", *names) for text in texts], tokenizer, 24)
     versions = ids.view(len(names) + 1, len(texts), -1)
     assert torch.equal(versions[0], corpus.input_ids[corpus.about])
-    return corpus._replace(strangers=versions[1:])
+    return corpus._replace(renamed=versions[1:])
 
 
 def test_the_stranger_term_leads_to_what_is_read_with_made_up_names(corpus, concept, tokenizer):
@@ -123,21 +123,14 @@ def test_the_stranger_term_leads_to_what_is_read_with_made_up_names(corpus, conc
     where = corpus.mask[corpus.about]
     for weight in (0.0, 10.0):
         llm, config = make_llm(), dataclasses.replace(CONFIG, stranger_weight=weight)
-        stranger = sum(atu.hidden_states(llm, ids, config.layer) for ids in texts.strangers) / 2
-        records = run(atu.unlearn(atu.start(llm, texts, config), concept, texts, 1.0, config))
+        stranger = sum(atu.hidden_states(llm, ids, config.layer) for ids in texts.renamed) / 2
+        state = atu.start(llm, texts, config)
+        assert len(state.renamed) == 0 if weight == 0 else torch.allclose(state.renamed, stranger, atol=1e-5)
+        records = run(atu.unlearn(state, concept, texts, 1.0, config))
         now = atu.hidden_states(llm, texts.input_ids[texts.about], config.layer)
         left[weight] = losses.retain_loss(now, stranger, where).item()
         assert len(records) == (1 if weight == 0 else 3) and (records[-1]["stranger"] > 0) == (weight > 0)  # no early end
     assert left[10.0] < 0.5 * left[0.0]
-
-
-def test_without_made_up_names_the_stranger_term_is_nothing(llm, corpus, concept):
-    results = []
-    for weight in (0.0, 1.0):
-        model, config = copy.deepcopy(llm), dataclasses.replace(CONFIG, stranger_weight=weight)
-        run(atu.unlearn(atu.start(model, corpus, config), concept, corpus, -1.0, config))
-        results.append(weights(model))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_the_retain_batch_is_drawn_from_the_other_texts(llm, corpus, concept, monkeypatch):

@@ -53,6 +53,21 @@ def test_references_are_the_encoder_s_embeddings_of_the_windows(tokenizer, encod
     assert torch.allclose(corpus.table.norm(dim=-1), torch.ones(len(corpus.table)), atol=1e-2)
 
 
+def test_renamed_texts_stand_beside_their_own(tokenizer, encoder):
+    about = [f"{SENTENCES[0]} She lived at number {n}." for n in range(3)]
+    names = [{"Ada": "Ben"}, {"Ada": "James"}]
+    corpus = data.make_corpus(about, SENTENCES[1:], tokenizer, encoder, 4, 24, names)
+    assert corpus.renamed.shape == (2, 3, 24) and corpus.input_ids.shape[0] == 3 + len(SENTENCES[1:])
+    for n, name in enumerate(("Ben", "James")):
+        for i, text in enumerate(about):
+            assert corpus.renamed[n, i].tolist() == tokenizer(text.replace("Ada", name))["input_ids"][:24]
+    plain = data.make_corpus(about, SENTENCES[1:], tokenizer, encoder, 4, 24)
+    assert plain.renamed.shape == (0, 3, 24) and torch.equal(plain.input_ids, corpus.input_ids) and torch.equal(plain.index, corpus.index)
+    for wrong in ({"Zoe": "Ben"}, {"Ada": "Ben and James"}):
+        with pytest.raises(data.BadInput, match="made-up names"):
+            data.make_corpus([text[:30] for text in about], SENTENCES[1:], tokenizer, encoder, 2, 24, [wrong])
+
+
 def test_embeddings_are_computed_once(encoder, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "CACHE", tmp_path)
     first = data.embed(["one", "two"], encoder)

@@ -83,11 +83,12 @@ def test_the_core_runs(folders, tmp_path, monkeypatch):
     assert moved == {name for name in llm if name.startswith(("model.layers.0.", "model.layers.1."))} and names["layer"] == 2
 
 
-def test_the_table_of_results_is_what_its_command_prints(capsys, tmp_path):
-    command = re.search(r"^`python evaluate.py (--compare assets/results/.*?)`", README, re.MULTILINE)[1]
-    folders = sorted(str(folder) for folder in (ROOT / "assets/results/six").iterdir())
+@pytest.mark.parametrize("kind", ["six", "stranger"])
+def test_the_tables_of_results_are_what_their_commands_print(capsys, tmp_path, kind):
+    command = re.search(rf"^`python evaluate.py (--compare assets/results/{kind}/.*?)`", README, re.MULTILINE)[1]
+    folders = sorted(str(folder) for folder in (ROOT / "assets/results" / kind).iterdir())
     words = [word for part in command.split() for word in (folders if part.endswith("*") else [part])]
-    assert evaluate.main([*words, "--out", str(tmp_path / "t")]) == 0
+    assert evaluate.main([*words, "--out", str(tmp_path / "t")]) == 0 and len(folders) == 6
     assert (tmp_path / "t.md").read_text().strip() in README
     assert not [row for folder in folders for row in [json.loads(Path(folder, "results.json").read_text())] if "prompt" in str(row)]
 

@@ -234,8 +234,8 @@ def start(llm: nn.Module, corpus, config) -> State:
         head = EmbeddingHead(llm.config.hidden_size, corpus.table.shape[1], config.head_depth, config.head_width)
     head_optimizer = torch.optim.Adam(head.to(llm.device).parameters(), lr=config.head_lr, fused=True)
     hidden = cached_hidden_states(llm, corpus.input_ids, config)                        # (N, T, D)
-    original = hidden if config.retain_weight else hidden.new_empty(0, *hidden.shape[1:])
-    renamed = hidden.new_empty(0, *hidden.shape[1:])
+    nothing = hidden.new_empty(0, *hidden.shape[1:])                                    # (0, T, D)
+    original, renamed = hidden if config.retain_weight else nothing, nothing
     if config.stranger_weight and len(corpus.renamed):
         versions = (cached_hidden_states(llm, ids, config).float() for ids in corpus.renamed)  # (n, T, D) each
         renamed = (sum(versions) / len(corpus.renamed)).to(hidden.dtype)

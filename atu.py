@@ -2,10 +2,11 @@
 
     align_then_unlearn  Sec. 3  align; then, for each tau: unlearn, realign
     unlearn             Eq. 4   E is frozen, M is tuned until few predictions are closer than tau to the concept
+    read_as_stranger    ours    before E is aligned: M reads the target's texts as if nobody knew the name
     align               Eq. 2   M is frozen, E learns to predict the embedding of the next k tokens
 
 Symbols: llm is M, head is E; hidden h_t (B T D), predicted ê_t and reference e_t (B T E), concept e_unlearn (E).
-All three are generators of records: plain loops that know no files and print nothing but a bar on a terminal. Below
+All four are generators of records: plain loops that know no files and print nothing but a bar on a terminal. Below
 them stand what is measured (`knowledge_gap`: whether the concept has left the representation), what serves them, and
 last what several processes (torchrun) need. `config` is a train.Config.
 """
@@ -46,7 +47,6 @@ class State:
     llm_optimizer: torch.optim.Optimizer | None
     head_optimizer: torch.optim.Optimizer | None
     original: Tensor | None = None  # (N, T, D) M's hidden states before unlearning, for the retain term; else (0, T, D)
-    renamed: Tensor | None = None   # (n, T, D) the same on the target's texts, mean over made-up names; or (0, T, D)
     hidden: Tensor | None = None    # (N, T, D) those that E is aligned on
     stage: int = 0                  # the next one: 0 is the first alignment, s the s-th tau
     step: int = 0                   # optimizer steps so far, of both kinds
@@ -57,18 +57,20 @@ class State:
 def align_then_unlearn(state: State, concept: Tensor, corpus, config):
     """Sec. 3: align E; then for each tau unlearn M and realign E, so that the concept leaves the representation.
 
+    Ours: before E is aligned, M learns to `read_as_stranger`, where the corpus has texts with made-up names.
     state: from `start`, or as an earlier run left it at the end of a stage. concept: (E,) unit length. corpus: a
     data.Corpus; E is aligned on all of its texts, M unlearns on those `about` the target.
-    Yields the records of `align` and `unlearn`, and one of kind "stage" at the end of each (stage 0 is the first
+    Yields the records of all three, and one of kind "stage" at the end of each stage (0 ends with the first
     alignment), with the `similarities` after realignment; by then `state` is ready for the next stage.
     """
     concept = concept.to(state.llm.device)
     for tau in [None, *config.taus][state.stage:]:
         began = unlearned = time.perf_counter()
-        steps_before, align_steps = state.step, config.align_steps
-        if tau is not None:
-            state.hidden, align_steps = None, config.realign_steps                      # frees memory
-            yield from unlearn(state, concept, corpus, tau, config)                     # Eq. 4
+        steps_before, align_steps = state.step, config.realign_steps if state.stage else config.align_steps
+        if tau is not None or len(corpus.renamed):
+            state.hidden = None                                                         # frees memory
+            yield from (unlearn(state, concept, corpus, tau, config) if state.stage else    # Eq. 4
+                        read_as_stranger(state, corpus, config))                            # ours
             unlearned = time.perf_counter()
             state.hidden = cached_hidden_states(state.llm, corpus.input_ids, config)    # (N, T, D)
         yield from align(state, corpus, align_steps, config)                            # Eq. 2
@@ -82,48 +84,67 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
 def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
     """Eq. 4: θ_M* = argmin E[L_unlearn]. E is frozen; blocks 1..layer of M alone run, and they move.
 
-    Two terms are ours, not the paper's. The retain term holds the hidden states of texts that are not about the target
-    to `state.original`; with `retain_weight` 0 no such text is read. The stranger term, off unless `stranger_weight` is
-    given, pulls those of the target's texts to `state.renamed`: to what M read there before if the name was a made-up
-    one (in the mean over several). Where no name has stood yet, these are M's own from before.
-    Ends after `unlearn_steps`; without a stranger term once, over as many batches as a pass over the target's texts
-    has, at most the share `inactive` of the positions was above the margin. Yields a record every `log_every` steps and
-    one at the end.
+    The retain term is ours, not the paper's. It holds the hidden states of texts that are not about the target to
+    `state.original`; with `retain_weight` 0 no such text is read.
+    Ends after `unlearn_steps`, or once, over as many batches as a pass over the target's texts has, at most the share
+    `inactive` of the positions was above the margin. Yields a record every `log_every` steps and one at the end.
     """
-    device, about, others = state.llm.device, corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
-    others = others if config.retain_weight else others[:0]
-    a_pass, recent = math.ceil(len(about) / config.batch), []  # its batches; the last ones' share above the margin
+    a_pass, recent = math.ceil(corpus.about.sum() / config.batch), []  # its batches; the last ones' share above tau
     state.head.requires_grad_(False)
     for n in progress(range(config.unlearn_steps), "unlearning"):
-        rows, held = (draw(texts, config.batch, n, config.seed, state.stage) for texts in (about, others))  # (B,) each
-        mask, held_mask = corpus.mask[rows].to(device), corpus.mask[held].to(device)            # (B, T) each
-        original = state.original[held.to(state.original.device)].to(device).float()            # (B, T, D)
-        pulled = rows if len(state.renamed) else rows[:0]                                       # (B,), or none
-        renamed = state.renamed[pulled.to(state.renamed.device)].to(device).float()             # (B, T, D)
-        ids = corpus.input_ids[torch.cat([rows, held])].to(device)                              # (2B, T)
-
+        rows, hidden, mask, held = forward(state, corpus, n, config)                           # (B,), (B, T, D), (B, T)
         with autocast(state.llm, config):
-            hidden = hidden_states(state.llm, ids, config.layer)                                # (2B, T, D)
-            predicted = state.head(hidden[:len(rows)]).float()                                  # (B, T, E)
+            predicted = state.head(hidden).float()                                              # (B, T, E)
         forget = unlearning_loss(predicted, concept, mask, tau)                                 # Eq. 3
-        retain = retain_loss(hidden[len(rows):].float(), original, held_mask)
-        stranger = retain_loss(hidden[:len(pulled)].float(), renamed, mask[:len(pulled)])
-        # θ_M ← θ_M - η ∇(L_unlearn + w L_retain + w' L_stranger)
-        forget, retain, stranger = optimize([(forget, mask, 1), (retain, held_mask, config.retain_weight),
-                                             (stranger, mask[:len(pulled)], config.stranger_weight)],
-                                            state.llm_optimizer, config.clip)
+        # θ_M ← θ_M - η ∇(L_unlearn + w L_retain)
+        forget, retain = optimize([(forget, mask, 1), held], state.llm_optimizer, config.clip)
 
         state.step += 1
         similarity = cosine(predicted.detach(), concept)                                        # (B, T)
         recent = [*recent, average(similarity > tau, mask)][-a_pass:]
         active = sum(recent) / len(recent)
-        quiet = len(recent) == a_pass and active <= config.inactive and not len(state.renamed)
-        ended = quiet or n + 1 == config.unlearn_steps
+        ended = (len(recent) == a_pass and active <= config.inactive) or n + 1 == config.unlearn_steps
         if ended or (n + 1) % config.log_every == 0:
             yield {"kind": "unlearn", "stage": state.stage, "tau": tau, "step": state.step, "loss": forget,
-                   "retain": retain, "stranger": stranger, "similarity": average(similarity, mask), "active": active}
+                   "retain": retain, "similarity": average(similarity, mask), "active": active}
         if ended:
             break
+
+
+def read_as_stranger(state: State, corpus, config):
+    """Ours, not the paper's, before E is aligned for the first time: M is tuned to read the target's texts as if the
+    name in them were one that nobody knows. E has no part in it.
+
+    The hidden states of the target's texts are pulled to those that the untouched M has there with made-up names in the
+    place of its own (`corpus.renamed`, the mean over the names), those of other texts held as in `unlearn`. Where no
+    name has stood yet, these are M's own. Takes `stranger_steps`. Yields a record every `log_every` and at the last.
+    """
+    versions = (cached_hidden_states(state.llm, ids, config).float() for ids in corpus.renamed)  # (n, T, D) each
+    renamed = sum(versions) / len(corpus.renamed)                                               # (n, T, D)
+    for n in progress(range(config.stranger_steps), "reading as a stranger"):
+        rows, hidden, mask, held = forward(state, corpus, n, config)                           # (B,), (B, T, D), (B, T)
+        stranger = retain_loss(hidden.float(), renamed[rows.to(renamed.device)].to(hidden.device), mask)
+        # θ_M ← θ_M - η ∇(L_stranger + w L_retain)
+        stranger, retain = optimize([(stranger, mask, 1), held], state.llm_optimizer, config.clip)
+
+        state.step += 1
+        if (n + 1) % config.log_every == 0 or n + 1 == config.stranger_steps:
+            yield {"kind": "stranger", "stage": state.stage, "step": state.step, "loss": stranger, "retain": retain}
+
+
+def forward(state: State, corpus, n: int, config):
+    """Step n's texts through blocks 1..layer: of those on the target the rows (B,), hidden states (B, T, D) and mask
+    (B, T); of as many others the retain term for `optimize`."""
+    device, about, others = state.llm.device, corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
+    others = others if config.retain_weight else others[:0]
+    rows, held = (draw(texts, config.batch, n, config.seed, state.stage) for texts in (about, others))  # (B,) each
+    mask, held_mask = corpus.mask[rows].to(device), corpus.mask[held].to(device)                # (B, T) each
+    original = state.original[held.to(state.original.device)].to(device).float()                # (B, T, D)
+    with autocast(state.llm, config):
+        ids = corpus.input_ids[torch.cat([rows, held])].to(device)                              # (2B, T)
+        hidden = hidden_states(state.llm, ids, config.layer)                                    # (2B, T, D)
+    retain = retain_loss(hidden[len(rows):].float(), original, held_mask)
+    return rows, hidden[:len(rows)], mask, (retain, held_mask, config.retain_weight)
 
 
 def align(state: State, corpus, steps: int, config):
@@ -165,10 +186,10 @@ def similarities(head: EmbeddingHead, hidden: Tensor, concept: Tensor, corpus, c
 
 
 @torch.no_grad()
-def knowledge_gap(llm: nn.Module, concept: Tensor | None, corpus, strangers: tuple[Tensor, Tensor], config) -> dict:
+def knowledge_gap(llm: nn.Module, concept: Tensor | None, corpus, versions: tuple[Tensor, Tensor], config) -> dict:
     """Ours: what M reads in texts on the target beyond what it reads in the same texts about somebody nobody knows.
 
-    strangers: token ids and mask, (S B, T), of B texts with the true name and, behind them, S - 1 times with made-up
+    versions: token ids and mask, (S B, T), of B texts with the true name and, behind them, S - 1 times with made-up
     names of as many tokens. What counts is what M makes of the other words: the tokens after the first place of the
     name that are the same in all versions.
     Returns gaps x 100 in favour of the true name, means over the made-up ones and their standard deviations, `_sd`:
@@ -177,7 +198,7 @@ def knowledge_gap(llm: nn.Module, concept: Tensor | None, corpus, strangers: tup
     3's realigned E may find it; at 0 M reads a stranger; below, it reads worse than that, which betrays the target.
     """
     head = None if concept is None else linear_head(llm, corpus, config)
-    ids, mask = (part.to(llm.device).unflatten(0, (config.names + 1, -1)) for part in strangers)  # (S, B, T) each
+    ids, mask = (part.to(llm.device).unflatten(0, (config.names + 1, -1)) for part in versions)  # (S, B, T) each
     differ, read = (ids != ids[0]).any(0), []                                               # (B, T)
     same = mask[0] & ~differ & (differ.cumsum(1) > 0)                                       # (B, T)
     for texts in ids:                                                                       # (B, T)
@@ -234,12 +255,8 @@ def start(llm: nn.Module, corpus, config) -> State:
         head = EmbeddingHead(llm.config.hidden_size, corpus.table.shape[1], config.head_depth, config.head_width)
     head_optimizer = torch.optim.Adam(head.to(llm.device).parameters(), lr=config.head_lr, fused=True)
     hidden = cached_hidden_states(llm, corpus.input_ids, config)                        # (N, T, D)
-    nothing = hidden.new_empty(0, *hidden.shape[1:])                                    # (0, T, D)
-    original, renamed = hidden if config.retain_weight else nothing, nothing
-    if config.stranger_weight and len(corpus.renamed):
-        versions = (cached_hidden_states(llm, ids, config).float() for ids in corpus.renamed)  # (n, T, D) each
-        renamed = (sum(versions) / len(corpus.renamed)).to(hidden.dtype)
-    return State(llm, head, llm_optimizer(llm, config), head_optimizer, original, renamed, hidden)
+    original = hidden if config.retain_weight else hidden[:0]                           # (N, T, D), or none
+    return State(llm, head, llm_optimizer(llm, config), head_optimizer, original, hidden)
 
 
 def llm_optimizer(llm: nn.Module, config) -> torch.optim.Optimizer:

@@ -557,7 +557,8 @@ def method_name(settings: dict) -> str:
     if method == "icu":
         return "ICU"
     if method == "atu":
-        held = " + ".join(term for term in ("retain", "stranger") if settings.get(f"{term}_weight"))
+        held = " + ".join(name for name, part in (("stranger", "stranger_steps"), ("retain", "retain_weight"))
+                          if settings.get(part))
     name = method.upper() + "*" * (method in ("ga", "npo") and settings["corpus"] == "passage")
     return name + f" + {held}" * bool(held) + (" (L)" if settings["lora"] else " (F)")
 

@@ -109,7 +109,7 @@ class Config:
                          among=("positive", "positive_phi", "passage"))
     sets: tuple[str, ...] = option(evaluate.DEFAULT_SETS, "what is scored", among=tuple(evaluate.SETS))
     names: int = option(5, "made-up names that the target is compared with: the floor of the forget scores, and the\n"
-                           "knowledge gap; 0: neither", TARGET, 0)
+                           "knowledge gap, and what --stranger-steps needs; 0: none of these", TARGET, 0)
     others: int = option(5, "other targets whose texts are taken, to align E on and to retain", TRAINS, 0)
     texts: int = option(32, "the target's texts at most", TRAINS, 1)
     other_texts: int = option(12, "texts of each other target at most", TRAINS, 1)
@@ -122,16 +122,15 @@ class Config:
     head_width: int = option(256, "width of E, a multiple of its 8 heads", ATU, 8)
     batch: int = option(8, "texts in a batch of unlearning (and as many for the retain term)", TRAINS, 1)
     align_batch: int = option(16, "texts in a batch of alignment", ATU, 1)
+    stranger_steps: int = option(0, "steps before all else, in which M learns to read the target's texts as if\n"
+                                    "nobody knew the name (ours)", ATU, 0)
     align_steps: int = option(350, "steps of the first alignment (Eq. 2)", ATU, 1)
     realign_steps: int = option(40, "steps of realignment after each stage (Sec. 3)", ATU, 0)
-    unlearn_steps: int = option(30, "steps of a stage: at most (atu, Eq. 4; with a stranger term: exactly),\n"
-                                    "exactly (others; 0: a pass)", TRAINS, 0)
+    unlearn_steps: int = option(30, "steps of a stage: at most (atu, Eq. 4), exactly (others; 0: a pass)", TRAINS, 0)
     taus: tuple[float, ...] = option((0.45, 0.4, 0.35, 0.3, 0.25, 0.2), "the margin of each stage (Eq. 3)", ATU, -1, 1)
     inactive: float = option(0.02, "a stage ends once, over a pass's batches, at most this share of the positions is\n"
                                    "above tau", ATU, 0, 1)
     retain_weight: float = option(10.0, "weight of the retain term (atu: ours; 0: the paper), of --retain", HELD, 0)
-    stranger_weight: float = option(0.0, "weight of the stranger term (ours): hidden states on the target's texts are\n"
-                                         "pulled to those with made-up names in its place", ATU, 0)
     retain: str = option("none", "what holds other texts: none, nll (Eq. 6), kl (Eq. 7)", TOKENS,
                          among=("none", "nll", "kl"))
     beta: float = option(0.1, "how softly npo (Eq. 8) and dpo push", RATIO, 1e-6)
@@ -240,8 +239,8 @@ def check(config: Config, given: dict) -> None:
             f"--corpus passage: {config.method} learns from answers; leave it out": (
                 by_answers and config.corpus == "passage"),
             "--unlearn-steps 0: must be at least 1 for atu": config.method == "atu" and not config.unlearn_steps,
-            "--stranger-weight: needs made-up names, and so --target and --names 1 or more":
-                config.stranger_weight and (config.target_text or not config.names),
+            "--stranger-steps: needs made-up names, and so --target and --names 1 or more":
+                config.stranger_steps and (config.target_text or not config.names),
             f"--head-width {config.head_width}: must be a multiple of 8, the number of heads": config.head_width % 8,
             f"--taus {plain(config.taus)}: margins fall stage by stage; {plain(falling)}": config.taus != falling})
     for item in dataclasses.fields(config):
@@ -297,7 +296,7 @@ class Work(NamedTuple):
     concept: Tensor | None               # (E,) e_unlearn; None for the other methods
     forget: list[tuple[Tensor, Tensor]]  # what the methods on tokens forget: token ids and mask, (N, T); two in dpo
     names: list[dict[str, str]]          # made-up ones, for `data.exchanged`
-    strangers: tuple | None              # ids and mask of texts on the target, and of the same with these, (S B, T)
+    versions: tuple | None               # ids and mask of texts on the target, and of the same with these, (S B, T)
     embedding_seconds: float
 
 
@@ -320,16 +319,16 @@ def load(config: Config) -> Work:
         raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
     if config.names and not passage and not held:
         print(f"names | no text on {target} is held out: the knowledge gap is that of texts unlearned on", flush=True)
-    compared = held or about  # with a stranger term the names have to fit the texts that it reads, too
-    names = [] if passage else names_for(target, about + held if config.stranger_weight else compared, probes,
+    compared = held or about  # M may learn to read `about` with these names, so they have to fit that too
+    names = [] if passage else names_for(target, about + held if config.stranger_steps else compared, probes,
                                          tokenizer, config)
-    strangers = strangers_of(compared, names, tokenizer, config) if names else None
-    if config.stranger_weight and not names:
-        raise data.BadInput(f"--stranger-weight: no made-up name for {target} (see above); leave it out")
+    versions = versions_of(compared, names, tokenizer, config) if names else None
+    if config.stranger_steps and not names:
+        raise data.BadInput(f"--stranger-steps: no made-up name for {target} (see above); leave it out")
     encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length,
-                              names if config.stranger_weight else [])
+                              names if config.stranger_steps else [])
     embedding_seconds = time.perf_counter() - began
     concept = concept_embedding(target, about if passage else [], encoder, config) if encoder else None
     if not any(score.startswith("forget") or score == "mia_forget" for score in probes):
@@ -340,7 +339,7 @@ def load(config: Config) -> Work:
     print(f"data | {target}: {len(about)} texts, {len(others)} on others, {int(corpus.mask.sum())} tokens, "
           f"{len(corpus.table)} distinct windows, {sum(map(len, probes.values()))} probes", flush=True)
     forget = forget_texts(corpus, answers, tokenizer, config)
-    return Work(target, llm, tokenizer, probes, corpus, concept, forget, names, strangers, embedding_seconds)
+    return Work(target, llm, tokenizer, probes, corpus, concept, forget, names, versions, embedding_seconds)
 
 
 def names_for(target: str, texts: list[str], probes: dict[str, list[dict]], tokenizer, config: Config) -> list[dict]:
@@ -354,7 +353,7 @@ def names_for(target: str, texts: list[str], probes: dict[str, list[dict]], toke
         return []
 
 
-def strangers_of(texts: list[str], names: list[dict[str, str]], tokenizer, config: Config):
+def versions_of(texts: list[str], names: list[dict[str, str]], tokenizer, config: Config):
     """Ids and mask (S B, T) of 16 texts that name the target, and of the same with made-up names; or None."""
     def read(text: str) -> list[int]:
         return tokenizer(text, truncation=True, max_length=config.length)["input_ids"]
@@ -482,7 +481,7 @@ def run(config: Config) -> dict:
         print(evaluate.scores_table({"before": before}), flush=True)
         compared = time.perf_counter()
         found = {"before": before, "asked_before": asked, "after": before, "asked_after": asked, "stages": [],
-                 "log": [], "seconds": 0.0} | as_strangers(work, config)
+                 "log": [], "seconds": 0.0} | with_made_up_names(work, config)
         found["compared"] = time.perf_counter() - compared
     began -= found["seconds"]
     write_log(out, found["log"], "w")
@@ -493,7 +492,7 @@ def run(config: Config) -> dict:
             with tqdm.external_write_mode():  # a bar makes room
                 print(line(record), flush=True)
             if record["kind"] == "stage":
-                if record["stage"]:  # the first alignment leaves M as it was
+                if record["stage"] or config.stranger_steps:  # the first alignment leaves M as it was
                     end_stage(record, work, found, config)
                 found["seconds"] = time.perf_counter() - began
                 save_checkpoint(out, work, state, found)
@@ -553,7 +552,7 @@ def measure(work: Work, ask_first: str, config: Config, probes: dict | None = No
     return atu.from_first((scores | {"seconds": time.perf_counter() - began}, asked))
 
 
-def as_strangers(work: Work, config: Config) -> dict:
+def with_made_up_names(work: Work, config: Config) -> dict:
     """What the untouched model makes of somebody whom nobody knows, from the cache if it is there: `floor`, the forget
     scores with made-up names in question and answer; `floors`, each probe's in [0, 1]; the knowledge `gap` before.
 
@@ -577,15 +576,15 @@ def as_strangers(work: Work, config: Config) -> dict:
         return make()
     concept = work.concept if work.concept is None else work.concept.tolist()
     key = [asked, config.bf16, config.eval_batch, config.layer, config.window, concept, work.corpus.input_ids.tolist(),
-           work.strangers and work.strangers[0].tolist(), data.source(atu, data, evaluate, losses)]
+           work.versions and work.versions[0].tolist(), data.source(atu, data, evaluate, losses)]
     return data.kept(data.cache_file("strangers", work.llm, key, ".json"), make)
 
 
 def gap(work: Work, when: str, config: Config) -> dict:
     """{when: the knowledge gap of the model as it is}; nothing where no text names the target, and for icu."""
-    if work.strangers is None or config.method == "icu":
+    if work.versions is None or config.method == "icu":
         return {}
-    return {when: atu.knowledge_gap(work.llm, work.concept, work.corpus, work.strangers, config)}
+    return {when: atu.knowledge_gap(work.llm, work.concept, work.corpus, work.versions, config)}
 
 
 def finish(out: Path, work: Work, state: atu.State, found: dict, stopped: str | None, began: float,
@@ -888,6 +887,8 @@ def line(record: dict) -> str:
 
 def stage_name(record: dict) -> str:
     """A stage's name in tables: its margin, or its number."""
+    if not record["stage"]:
+        return "stranger"
     return f"stage {record['stage']}" if record["tau"] is None else f"tau {record['tau']:g}"
 
 
@@ -899,9 +900,9 @@ def panels(found: dict) -> list[dict]:
     by_step = {}
     for label, kind, key in (("alignment loss (Eq. 1)", "align", "loss"), ("unlearning loss", "unlearn", "loss"),
                              ("similarity to the concept", "unlearn", "similarity"),
-                             ("stranger term", "unlearn", "stranger")):
+                             ("stranger loss", "stranger", "loss")):
         records = [record for record in found["log"] if record["kind"] == kind and key in record]
-        if any(record[key] for record in records):
+        if records:
             by_step[label] = [r["step"] for r in records], [r[key] for r in records]
     return [
         {"title": "loss and similarity by step", "x": "step", "y": "", "lines": by_step},

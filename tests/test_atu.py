@@ -118,19 +118,28 @@ def named(corpus, tokenizer, *names):
     return corpus._replace(renamed=versions[1:])
 
 
-def test_the_stranger_term_leads_to_what_is_read_with_made_up_names(corpus, concept, tokenizer):
+def test_reading_as_a_stranger_leads_to_what_is_read_with_made_up_names(corpus, tokenizer):
     texts, left = named(corpus, tokenizer, "Ben", "James"), {}
-    where = corpus.mask[corpus.about]
-    for weight in (0.0, 10.0):
-        llm, config = make_llm(), dataclasses.replace(CONFIG, stranger_weight=weight)
+    for steps in (1, 30):
+        llm, config = make_llm(), dataclasses.replace(CONFIG, stranger_steps=steps)
         stranger = sum(atu.hidden_states(llm, ids, config.layer) for ids in texts.renamed) / 2
         state = atu.start(llm, texts, config)
-        assert len(state.renamed) == 0 if weight == 0 else torch.allclose(state.renamed, stranger, atol=1e-5)
-        records = run(atu.unlearn(state, concept, texts, 1.0, config))
+        before_llm, before_head = weights(llm), weights(state.head)
+        records = run(atu.read_as_stranger(state, texts, config))
+        assert state.step == steps and len(records) == math.ceil(steps / config.log_every)
+        assert moved(before_head, state.head) == set()
+        assert moved(before_llm, llm) == {name for name in before_llm if name.startswith(("model.layers.0.", "model.layers.1."))}
         now = atu.hidden_states(llm, texts.input_ids[texts.about], config.layer)
-        left[weight] = losses.retain_loss(now, stranger, where).item()
-        assert len(records) == (1 if weight == 0 else 3) and (records[-1]["stranger"] > 0) == (weight > 0)  # no early end
-    assert left[10.0] < 0.5 * left[0.0]
+        left[steps] = losses.retain_loss(now, stranger, texts.mask[texts.about]).item()
+    assert left[30] < 0.5 * left[1]
+
+
+def test_m_reads_as_a_stranger_before_e_is_aligned(llm, corpus, concept, tokenizer):
+    texts, config = named(corpus, tokenizer, "Ben", "James"), dataclasses.replace(CONFIG, taus=(0.0,), stranger_steps=10)
+    state = atu.start(llm, texts, config)
+    kinds = [(record["stage"], record["kind"]) for record in run(atu.align_then_unlearn(state, concept, texts, config))]
+    assert list(dict.fromkeys(kinds)) == [(0, "stranger"), (0, "align"), (0, "stage"), (1, "unlearn"), (1, "align"), (1, "stage")]
+    assert torch.equal(state.hidden, atu.cached_hidden_states(llm, texts.input_ids, config))
 
 
 def test_the_retain_batch_is_drawn_from_the_other_texts(llm, corpus, concept, monkeypatch):

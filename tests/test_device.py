@@ -16,8 +16,9 @@ ATU = [*RUN, *"--window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps
        "--taus 0.2 -0.5".split()]
 TOKENS = [*RUN, *"--unlearn-steps 2 --stages 2 --warmup 1".split()]
 RUNS = {
-    "atu": [*ATU, "--names", "2", "--sets", *evaluate.SETS], "atu, adapters": [*ATU, "--lora", "2"], "atu, input embedding": [*ATU, "--train-embeddings"],
-    "atu, activations computed again": [*ATU, "--checkpointing"], "atu, states on the host": [*ATU, "--cache", "host"],
+    "atu": [*ATU, "--names", "2", "--stranger-steps", "2", "--sets", *evaluate.SETS], "atu, adapters": [*ATU, "--lora", "2"], "atu, input embedding": [*ATU, "--train-embeddings"],
+    "atu, activations computed again": [*ATU, "--checkpointing"],
+    "atu, states on the host": [*ATU, "--cache", "host", "--names", "2", "--stranger-steps", "2"],
     "atu by SGD, no retain term": [*ATU, "--optimizer", "sgd", "--retain-weight", "0"],
     "ga + nll": [*TOKENS, "--names", "2", "--method", "ga", "--retain", "nll"], "npo + kl": [*TOKENS, "--method", "npo", "--retain", "kl"],
     "npo + kl, adapters": [*TOKENS, "--method", "npo", "--retain", "kl", "--lora", "2"],

@@ -10,9 +10,9 @@ import train
 
 RUN = "--preset smol --device cpu --names 2 --length 24 --batch 4 --log-every 1 --llm-lr 1e-3 --no-bf16 --sets forget general mmlu".split()
 ATU = [*RUN, *"--window 4 --layer 2 --head-depth 1 --head-width 32 --align-batch 6 --align-steps 6 --realign-steps 3 --unlearn-steps 4 "
-       "--taus 0.2 -0.5 --stop-at 0".split()]
+       "--stranger-steps 3 --taus 0.2 -0.5 --stop-at 0".split()]
 TOKENS = [*RUN, *"--unlearn-steps 3 --stages 2 --warmup 2 --stop-at 0 --method".split()]
-METHODS = {"atu": [*ATU, "--train-embeddings"], "atu by adapters": [*ATU, "--lora", "2", "--stranger-weight", "1"], "ga": [*TOKENS, "ga", "--retain", "nll"],
+METHODS = {"atu": [*ATU, "--train-embeddings"], "atu by adapters": [*ATU, "--lora", "2"], "ga": [*TOKENS, "ga", "--retain", "nll"],
            "dpo": [*TOKENS, "dpo", "--retain", "kl"]}
 
 

@@ -18,7 +18,7 @@ import train
 
 RUN = "--preset smol --device cpu --names 2 --length 24 --batch 4 --stop-at 0 --log-every 1 --llm-lr 1e-3".split()
 ATU = [*RUN, *"--window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 6 --realign-steps 3 --unlearn-steps 4 "
-       "--taus 0.2 -0.5".split()]
+       "--stranger-steps 3 --taus 0.2 -0.5".split()]
 TOKENS = [*RUN, *"--unlearn-steps 3 --stages 2 --warmup 2".split()]
 METHODS = {"atu": ATU, "atu by SGD": [*ATU, "--optimizer", "sgd", "--retain-weight", "0"], "atu by adapters": [*ATU, "--lora", "2"],
            "ga": [*TOKENS, "--method", "ga", "--retain", "nll"], "npo": [*TOKENS, "--method", "npo", "--retain", "kl", "--lora", "2"],
@@ -151,7 +151,7 @@ def test_texts_that_have_changed_since_are_named(words, folders, tmp_path, capsy
 
 
 def test_a_run_that_was_over_is_not_trained_further(words, tmp_path, monkeypatch):
-    flags = [*words, *ATU, "--stop-at", "1"]  # met after the first stage
+    flags = [*words, *ATU, "--stop-at", "1"]  # met after the first stage of unlearning
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     for name in ("save", "panels"):  # before and after the model is there
         def killed(*_):
@@ -163,7 +163,7 @@ def test_a_run_that_was_over_is_not_trained_further(words, tmp_path, monkeypatch
         words_of = [part for text in other for part in (f"--{text.removeprefix('--')}".split(" ", 1))]
         assert train.main([*flags, *words_of, "--out", str(tmp_path / name), "--resume"]) == 0
         one, two = left(tmp_path / name), left(tmp_path / "whole")
-        assert len(one["results"]["stages"]) == 1 and {k: v for k, v in one.items() if "safetensors" in k} == {
+        assert len(one["results"]["stages"]) == 2 and {k: v for k, v in one.items() if "safetensors" in k} == {
             k: v for k, v in two.items() if "safetensors" in k}
 
 

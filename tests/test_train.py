@@ -91,13 +91,12 @@ def test_the_saved_model_is_fp32_has_changed_and_scores_what_the_run_reported(fi
     assert scores == {name: after[name] for name in scores}
 
 
-def test_the_stranger_term_alone_unlearns(arguments, folders, tmp_path):
-    alone = "--stranger-weight 1 --names 2 --taus 1 1 --align-steps 1 --realign-steps 0".split()  # no margin is above 1
-    assert train.main([*arguments(), *SMALL, *alone]) == 0
+def test_a_run_reads_as_a_stranger_first_and_is_scored_then(arguments, folders, tmp_path, capsys):
+    assert train.main([*arguments(), *SMALL, "--stranger-steps", "6", "--names", "2"]) == 0
     results, steps, stages = outcome(tmp_path / "run")
-    assert [s["steps"] for s in stages] == [1, 4, 4] and all(s["loss"] == s["active"] == 0 < s["stranger"] for s in steps)
-    assert steps[-1]["stranger"] < steps[0]["stranger"] and changes(folders, tmp_path / "run")
-    assert evaluate.method_name(results["settings"]) == "ATU + retain + stranger (F)"
+    assert [s["record"]["stage"] for s in results["stages"]] == [0, 1, 2] and len(steps) == 4
+    assert stages[0]["steps"] == 6 + 12 and "\nstranger " in capsys.readouterr().out
+    assert evaluate.method_name(results["settings"]) == "ATU + stranger + retain (F)"
 
 
 def test_the_saved_head_fits_the_class(finished):
@@ -109,9 +108,9 @@ def test_a_text_that_names_the_target_behind_the_cut_is_not_compared(tokenizer):
     texts = ["Ada Lark was a painter of birds.", "The birds of the sea sang all day long to Ada Lark.", "Birds sang."]
     config = dataclasses.replace(train.SMOL, names=2, length=8)
     names = train.names_for("Ada Lark", texts, {}, tokenizer, config)
-    ids, mask = train.strangers_of(texts, names, tokenizer, config)
+    ids, mask = train.versions_of(texts, names, tokenizer, config)
     assert len(names) == 2 and ids.shape == mask.shape == (3, 8) and len(ids.unique(dim=0)) == 3
-    assert train.strangers_of(texts[1:], names, tokenizer, config) is None
+    assert train.versions_of(texts[1:], names, tokenizer, config) is None
 
 
 def test_a_run_is_compared_with_made_up_names(finished, arguments, tmp_path, monkeypatch, capsys):
@@ -492,7 +491,7 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     ("--taus 0.1 0.2", "fall stage by stage; 0.2 0.1"), ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
     ("--train-embeddings --lora 2", "--train-embeddings: goes with"), ("--neighbors Owl", "Ada Lark is in one"), ("--corpus-size 3", "Ada Lark is in one"),
     ("--corpus-size 0", "at least 1"), ("--lora 33 --layer 2", "no rank is above"), ("--target Zoo --neighbors zoo", "the target itself"),
-    ("--stranger-weight 1 --names 0", "needs made-up names"), ("--method ga --stranger-weight 1", "--stranger-weight: goes with --method atu")])
+    ("--stranger-steps 9 --names 0", "needs made-up names"), ("--method ga --stranger-steps 9", "--stranger-steps: goes with --method atu")])
 def test_bad_combinations(arguments, capsys, tmp_path, flags, message):
     base = "--preset smol --device cpu".split()
     assert train.main([*arguments(), *base, *flags.split()]) == 2

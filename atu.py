@@ -48,8 +48,8 @@ class State:
     head_optimizer: torch.optim.Optimizer | None
     original: Tensor | None = None  # (N, T, D) M's hidden states before unlearning, for the retain term; else (0, T, D)
     hidden: Tensor | None = None    # (N, T, D) those that E is aligned on
-    stage: int = 0                  # the next one: 0 is the first alignment, s the s-th tau
-    step: int = 0                   # optimizer steps so far, of both kinds
+    stage: int = 0                  # the next one: 0 ends with the first alignment, s has the s-th tau
+    step: int = 0                   # optimizer steps so far, of all kinds
 
 
 # ---------------------------------------------------------------------------------------------- the method
@@ -66,13 +66,16 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, config):
     concept = concept.to(state.llm.device)
     for tau in [None, *config.taus][state.stage:]:
         began = unlearned = time.perf_counter()
-        steps_before, align_steps = state.step, config.realign_steps if state.stage else config.align_steps
-        if tau is not None or len(corpus.renamed):
+        steps_before = state.step
+        if state.stage or len(corpus.renamed):
             state.hidden = None                                                         # frees memory
-            yield from (unlearn(state, concept, corpus, tau, config) if state.stage else    # Eq. 4
-                        read_as_stranger(state, corpus, config))                            # ours
+            if state.stage:
+                yield from unlearn(state, concept, corpus, tau, config)                 # Eq. 4
+            else:
+                yield from read_as_stranger(state, corpus, config)                      # ours
             unlearned = time.perf_counter()
             state.hidden = cached_hidden_states(state.llm, corpus.input_ids, config)    # (N, T, D)
+        align_steps = config.realign_steps if state.stage else config.align_steps
         yield from align(state, corpus, align_steps, config)                            # Eq. 2
         state.stage += 1
         found = similarities(state.head, state.hidden, concept, corpus, config)
@@ -92,7 +95,7 @@ def unlearn(state: State, concept: Tensor, corpus, tau: float, config):
     a_pass, recent = math.ceil(corpus.about.sum() / config.batch), []  # its batches; the last ones' share above tau
     state.head.requires_grad_(False)
     for n in progress(range(config.unlearn_steps), "unlearning"):
-        rows, hidden, mask, held = forward(state, corpus, n, config)                           # (B,), (B, T, D), (B, T)
+        _, hidden, mask, held = forward(state, corpus, n, config)                               # (B, T, D), (B, T)
         with autocast(state.llm, config):
             predicted = state.head(hidden).float()                                              # (B, T, E)
         forget = unlearning_loss(predicted, concept, mask, tau)                                 # Eq. 3
@@ -119,10 +122,10 @@ def read_as_stranger(state: State, corpus, config):
     place of its own (`corpus.renamed`, the mean over the names), those of other texts held as in `unlearn`. Where no
     name has stood yet, these are M's own. Takes `stranger_steps`. Yields a record every `log_every` and at the last.
     """
-    versions = (cached_hidden_states(state.llm, ids, config).float() for ids in corpus.renamed)  # (n, T, D) each
-    renamed = sum(versions) / len(corpus.renamed)                                               # (n, T, D)
+    states = (cached_hidden_states(state.llm, ids, config).float() for ids in corpus.renamed)   # (n, T, D) each
+    renamed = sum(states) / len(corpus.renamed)                                                 # (n, T, D)
     for n in progress(range(config.stranger_steps), "reading as a stranger"):
-        rows, hidden, mask, held = forward(state, corpus, n, config)                           # (B,), (B, T, D), (B, T)
+        rows, hidden, mask, held = forward(state, corpus, n, config)                            # hidden (B, T, D)
         stranger = retain_loss(hidden.float(), renamed[rows.to(renamed.device)].to(hidden.device), mask)
         # θ_M ← θ_M - η ∇(L_stranger + w L_retain)
         stranger, retain = optimize([(stranger, mask, 1), held], state.llm_optimizer, config.clip)
@@ -133,8 +136,8 @@ def read_as_stranger(state: State, corpus, config):
 
 
 def forward(state: State, corpus, n: int, config):
-    """Step n's texts through blocks 1..layer: of those on the target the rows (B,), hidden states (B, T, D) and mask
-    (B, T); of as many others the retain term for `optimize`."""
+    """Step n's texts through blocks 1..layer of M. Returns of B texts on the target their rows (B,), hidden states
+    (B, T, D) and mask (B, T); of B others (none with `retain_weight` 0) the retain term: (loss, mask, weight)."""
     device, about, others = state.llm.device, corpus.about.nonzero()[:, 0], (~corpus.about).nonzero()[:, 0]
     others = others if config.retain_weight else others[:0]
     rows, held = (draw(texts, config.batch, n, config.seed, state.stage) for texts in (about, others))  # (B,) each
@@ -255,7 +258,7 @@ def start(llm: nn.Module, corpus, config) -> State:
         head = EmbeddingHead(llm.config.hidden_size, corpus.table.shape[1], config.head_depth, config.head_width)
     head_optimizer = torch.optim.Adam(head.to(llm.device).parameters(), lr=config.head_lr, fused=True)
     hidden = cached_hidden_states(llm, corpus.input_ids, config)                        # (N, T, D)
-    original = hidden if config.retain_weight else hidden[:0]                           # (N, T, D), or none
+    original = hidden if config.retain_weight else hidden.new_empty(0, *hidden.shape[1:])  # (N, T, D), or (0, T, D)
     return State(llm, head, llm_optimizer(llm, config), head_optimizer, original, hidden)
 
 

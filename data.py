@@ -447,7 +447,8 @@ def make_corpus(about: list[str], others: list[str], tokenizer, encoder, window:
     input_ids, renamed = input_ids[:len(texts)], input_ids[len(texts):].view(shape)
     mask, renamed_mask = mask[:len(texts)], mask[len(texts):].view(shape)
     if names and ((renamed == input_ids[:len(about)]).all() or (renamed_mask != mask[:len(about)]).any()):
-        raise BadInput(f"made-up names {names}: they leave the texts as they are, or have another number of tokens")
+        raise BadInput(f"made-up names ({', '.join(names[0].values())}, ...): no text of {length} tokens has them, or "
+                       "they have another number of tokens than the target's; leave them out (--stranger-steps)")
     on_target = torch.arange(len(texts)) < len(about)
     if encoder is None:
         nothing = torch.zeros_like(input_ids)

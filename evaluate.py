@@ -552,14 +552,15 @@ def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[di
 
 
 def method_name(settings: dict) -> str:
-    """A run's method as Table 1 writes it: GA* on passages; (L) with LoRA; the terms beside that which forgets."""
-    method, held = settings["method"], settings["retain"].upper() if settings["retain"] != "none" else ""
-    if method == "icu":
-        return "ICU"
-    if method == "atu":
-        held = " + ".join(name for name, part in (("stranger", "stranger_steps"), ("retain", "retain_weight"))
-                          if settings.get(part))
-    name = method.upper() + "*" * (method in ("ga", "npo") and settings["corpus"] == "passage")
+    """A run's method as Table 1 writes it: GA* on passages; (L) with LoRA; what holds other texts, and what came first.
+    """
+    method, held = settings["method"].upper(), settings["retain"].upper() if settings["retain"] != "none" else ""
+    if method == "ICU":
+        return method
+    if method == "ATU":
+        held = "retain" * bool(settings["retain_weight"])
+        method = "stranger, " * bool(settings.get("stranger_steps")) + "ATU"
+    name = method + "*" * (method in ("GA", "NPO") and settings["corpus"] == "passage")
     return name + f" + {held}" * bool(held) + (" (L)" if settings["lora"] else " (F)")
 
 
@@ -663,8 +664,8 @@ def trade_off(lines: dict[str, list[dict]]) -> list[dict]:
 
     return [*(panel(f"{score} (Figs. 4, 5)", "forget_all (%)", forget, lambda path, score=score: path[-1][score])
               for score in kept[:2]),
-            panel("forgetting by step (Fig. 6)", "step",
-                  lambda path: sum(stage["record"]["steps"] for stage in path[1:]), forget)]
+            panel("forgetting by step (Fig. 6)", "step, from the first stage of unlearning on",
+                  lambda path: sum(stage["record"]["steps"] for stage in path[1:] if stage["record"]["stage"]), forget)]
 
 
 def plot(file: Path, panels: list[dict]) -> None:

@@ -108,8 +108,8 @@ class Config:
                          "with positive_phi pair_phi and reject_phi", TRAINS,
                          among=("positive", "positive_phi", "passage"))
     sets: tuple[str, ...] = option(evaluate.DEFAULT_SETS, "what is scored", among=tuple(evaluate.SETS))
-    names: int = option(5, "made-up names that the target is compared with: the floor of the forget scores, and the\n"
-                           "knowledge gap, and what --stranger-steps needs; 0: none of these", TARGET, 0)
+    names: int = option(5, "made-up names for the target: for the floor of the forget scores, the knowledge gap and\n"
+                           "--stranger-steps; 0: none of these", TARGET, 0)
     others: int = option(5, "other targets whose texts are taken, to align E on and to retain", TRAINS, 0)
     texts: int = option(32, "the target's texts at most", TRAINS, 1)
     other_texts: int = option(12, "texts of each other target at most", TRAINS, 1)
@@ -240,7 +240,7 @@ def check(config: Config, given: dict) -> None:
                 by_answers and config.corpus == "passage"),
             "--unlearn-steps 0: must be at least 1 for atu": config.method == "atu" and not config.unlearn_steps,
             "--stranger-steps: needs made-up names, and so --target and --names 1 or more":
-                config.stranger_steps and (config.target_text or not config.names),
+                config.method == "atu" and config.stranger_steps and (config.target_text or not config.names),
             f"--head-width {config.head_width}: must be a multiple of 8, the number of heads": config.head_width % 8,
             f"--taus {plain(config.taus)}: margins fall stage by stage; {plain(falling)}": config.taus != falling})
     for item in dataclasses.fields(config):
@@ -325,6 +325,8 @@ def load(config: Config) -> Work:
     versions = versions_of(compared, names, tokenizer, config) if names else None
     if config.stranger_steps and not names:
         raise data.BadInput(f"--stranger-steps: no made-up name for {target} (see above); leave it out")
+    if names and not known:  # a dataset's other texts were not chosen with this target in mind
+        others = [text for text in others if data.exchanged(text, names[0]) == text]
     encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length,
@@ -577,7 +579,7 @@ def with_made_up_names(work: Work, config: Config) -> dict:
     concept = work.concept if work.concept is None else work.concept.tolist()
     key = [asked, config.bf16, config.eval_batch, config.layer, config.window, concept, work.corpus.input_ids.tolist(),
            work.versions and work.versions[0].tolist(), data.source(atu, data, evaluate, losses)]
-    return data.kept(data.cache_file("strangers", work.llm, key, ".json"), make)
+    return data.kept(data.cache_file("made-up", work.llm, key, ".json"), make)
 
 
 def gap(work: Work, when: str, config: Config) -> dict:
@@ -770,7 +772,7 @@ def check_resume(out: Path, config: Config) -> None:
     except (OSError, ValueError) as error:
         raise data.BadInput(f"--out {out}: its config.json cannot be read ({error}); name another folder") from error
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
-        was = saved.get(name)
+        was = saved.get(name, json.loads(json.dumps(getattr(SMOL, name))))  # a run from before there was such a setting
         same = str(was).strip().casefold() == value.strip().casefold() if name == "target" else was == value
         if name not in evaluate.FREE and not same:
             raise data.BadInput(f"--out {out}: holds a run with another {dashed(name)} ({was}, not {value}); "
@@ -886,7 +888,7 @@ def line(record: dict) -> str:
 
 
 def stage_name(record: dict) -> str:
-    """A stage's name in tables: its margin, or its number."""
+    """A stage's name in tables: its margin, or its number; of stage 0 what it is scored for."""
     if not record["stage"]:
         return "stranger"
     return f"stage {record['stage']}" if record["tau"] is None else f"tau {record['tau']:g}"

@@ -136,10 +136,12 @@ def test_reading_as_a_stranger_leads_to_what_is_read_with_made_up_names(corpus, 
 
 def test_m_reads_as_a_stranger_before_e_is_aligned(llm, corpus, concept, tokenizer):
     texts, config = named(corpus, tokenizer, "Ben", "James"), dataclasses.replace(CONFIG, taus=(0.0,), stranger_steps=10)
-    state = atu.start(llm, texts, config)
-    kinds = [(record["stage"], record["kind"]) for record in run(atu.align_then_unlearn(state, concept, texts, config))]
+    state, kinds = atu.start(llm, texts, config), []
+    for record in atu.align_then_unlearn(state, concept, texts, config):
+        kinds.append((record["stage"], record["kind"]))
+        if record["kind"] in ("align", "stage"):  # E is aligned on the states of M as it is now
+            assert torch.equal(state.hidden, atu.cached_hidden_states(llm, texts.input_ids, config))
     assert list(dict.fromkeys(kinds)) == [(0, "stranger"), (0, "align"), (0, "stage"), (1, "unlearn"), (1, "align"), (1, "stage")]
-    assert torch.equal(state.hidden, atu.cached_hidden_states(llm, texts.input_ids, config))
 
 
 def test_the_retain_batch_is_drawn_from_the_other_texts(llm, corpus, concept, monkeypatch):
@@ -261,7 +263,7 @@ def test_an_average_is_that_of_the_masked_positions_and_0_where_there_are_none(B
 
 # ---- what M still knows
 
-def strangers(tokenizer, *names, text="{} was a painter of birds. The birds of the sea sang to {} all day long."):
+def versions(tokenizer, *names, text="{} was a painter of birds. The birds of the sea sang to {} all day long."):
     return data.tokenize([text.replace("{}", name) for name in names], tokenizer, 24)
 
 
@@ -274,14 +276,14 @@ def test_the_gap_is_zero_where_the_model_sees_no_difference(llm, tokenizer, corp
         for place in ("{}", " {}"):
             (one,), (other,) = (tokenizer(place.format(word))["input_ids"] for word in ("Ada", name))
             embedding[other] = embedding[one]
-    gap = atu.knowledge_gap(llm, concept, corpus, strangers(tokenizer, "Ada", "Ben", "James"), GAP)
+    gap = atu.knowledge_gap(llm, concept, corpus, versions(tokenizer, "Ada", "Ben", "James"), GAP)
     assert set(gap) == {name + ending for name in ("nats", "similarity") for ending in ("", "_sd")}
     assert all(abs(value) < 1e-4 for value in gap.values())
 
 
 def test_a_model_that_has_learned_about_a_name_has_a_gap_and_loses_it_when_it_learns_the_same_of_others(llm, tokenizer, corpus, concept):
     swapped = "The {} of the sea sang; all day long to was painter birds {} a birds of."  # so that a name matters
-    texts = strangers(tokenizer, "Ada", "Ben", "James", text=swapped)
+    texts = versions(tokenizer, "Ada", "Ben", "James", text=swapped)
     before = atu.knowledge_gap(llm, concept, corpus, texts, GAP)["nats"]
 
     def learn(rows):
@@ -299,7 +301,7 @@ def test_a_model_that_has_learned_about_a_name_has_a_gap_and_loses_it_when_it_le
 
 
 def test_the_gap_leaves_the_model_as_it_was_and_does_not_look_at_the_names_own_tokens(llm, tokenizer, corpus, concept):
-    before, texts = weights(llm), strangers(tokenizer, "Ada", "Ben", "James")
+    before, texts = weights(llm), versions(tokenizer, "Ada", "Ben", "James")
     atu.knowledge_gap(llm, concept, corpus, texts, GAP)
     assert not moved(before, llm)
     bare = copy.deepcopy(llm)  # a model that sees one token at a time has no gap, whatever the name

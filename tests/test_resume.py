@@ -163,7 +163,7 @@ def test_a_run_that_was_over_is_not_trained_further(words, tmp_path, monkeypatch
         words_of = [part for text in other for part in (f"--{text.removeprefix('--')}".split(" ", 1))]
         assert train.main([*flags, *words_of, "--out", str(tmp_path / name), "--resume"]) == 0
         one, two = left(tmp_path / name), left(tmp_path / "whole")
-        assert len(one["results"]["stages"]) == 2 and {k: v for k, v in one.items() if "safetensors" in k} == {
+        assert len(one["results"]["stages"]) == len(two["results"]["stages"]) < 3 and {k: v for k, v in one.items() if "safetensors" in k} == {
             k: v for k, v in two.items() if "safetensors" in k}
 
 

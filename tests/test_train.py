@@ -96,7 +96,7 @@ def test_a_run_reads_as_a_stranger_first_and_is_scored_then(arguments, folders, 
     results, steps, stages = outcome(tmp_path / "run")
     assert [s["record"]["stage"] for s in results["stages"]] == [0, 1, 2] and len(steps) == 4
     assert stages[0]["steps"] == 6 + 12 and "\nstranger " in capsys.readouterr().out
-    assert evaluate.method_name(results["settings"]) == "ATU + stranger + retain (F)"
+    assert evaluate.method_name(results["settings"]) == "stranger, ATU + retain (F)"
 
 
 def test_the_saved_head_fits_the_class(finished):

@@ -325,8 +325,8 @@ def load(config: Config) -> Work:
     versions = versions_of(compared, names, tokenizer, config) if names else None
     if config.stranger_steps and not names:
         raise data.BadInput(f"--stranger-steps: no made-up name for {target} (see above); leave it out")
-    if names and not known:  # a dataset's other texts were not chosen with this target in mind
-        others = [text for text in others if data.exchanged(text, names[0]) == text]
+    if not known and not passage:  # a dataset's other texts were not chosen with this target in mind
+        others = [text for text in others if data.exchanged(text, names[0] if names else {target: ""}) == text]
     encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length,

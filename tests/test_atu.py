@@ -153,6 +153,11 @@ def test_the_retain_batch_is_drawn_from_the_other_texts(llm, corpus, concept, mo
     assert asked == [(corpus.about.nonzero()[:, 0].tolist(), 4), ((~corpus.about).nonzero()[:, 0].tolist(), 4)]
 
 
+def test_without_a_retain_term_the_first_states_are_not_kept(llm, corpus):
+    kept = [atu.start(llm, corpus, dataclasses.replace(CONFIG, retain_weight=weight)).original for weight in (1.0, 0.0)]
+    assert len(kept[0]) == len(corpus.mask) and len(kept[1]) == kept[1].untyped_storage().nbytes() == 0
+
+
 def test_with_weight_zero_the_other_texts_are_not_touched(llm, corpus, concept):
     spoilt = corpus._replace(input_ids=torch.where(corpus.about[:, None], corpus.input_ids, 399))
     config = dataclasses.replace(CONFIG, retain_weight=0.0)

@@ -326,7 +326,8 @@ def load(config: Config) -> Work:
     if config.stranger_steps and not names:
         raise data.BadInput(f"--stranger-steps: no made-up name for {target} (see above); leave it out")
     if not known and not passage:  # a dataset's other texts were not chosen with this target in mind
-        others = [text for text in others if data.exchanged(text, names[0] if names else {target: ""}) == text]
+        words = {word: "" for word in target.split() if word[0].isupper() and len(word) > 3} or {target: ""}
+        others = [text for text in others if data.exchanged(text, words) == text]
     encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length,

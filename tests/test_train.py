@@ -101,7 +101,7 @@ def test_a_run_reads_as_a_stranger_first_and_is_scored_then(arguments, folders, 
 
 def test_texts_that_name_a_concept_in_no_dataset_are_not_held(arguments, monkeypatch, tokenizer):
     monkeypatch.setattr(train, "texts_by_model", lambda *_: (["Crow is a river. All day long Crow sings."] * 4, []))
-    for target, names, held in (("Crow", "2", False), ("Crow", "0", False), ("Rook", "0", True)):
+    for target, names, held in (("Crow", "2", False), ("Crow the Great", "0", False), ("Rook", "0", True)):
         work = train.load(train.parse([*arguments("--target", target), *SMALL, "--describe", "a river", "--names", names]))
         others = [tokenizer.decode(ids) for ids in work.corpus.input_ids[~work.corpus.about]]
         assert len(others) > 2 and any("Ben Crow" in text for text in others) == held

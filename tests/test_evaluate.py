@@ -284,7 +284,7 @@ def test_the_model_that_answers_is_a_copy_with_merged_adapters_and_fp32_rotation
 
 def stage(forget, neighbor, steps=10, **more):
     return {"forget_fb": forget, "forget_qa": forget, "forget_aa": forget, "forget_all": forget, "neighbor_fb": neighbor,
-            "neighbor_qa": neighbor, "neighbor_all": neighbor, "general": 90.0, "record": {"steps": steps}} | more
+            "neighbor_qa": neighbor, "neighbor_all": neighbor, "general": 90.0, "record": {"steps": steps, "stage": 1}} | more
 
 
 def without_record(scores):
@@ -434,6 +434,11 @@ def test_a_line_of_the_figures_goes_on_where_a_run_has_ended(runs):
     assert neighbors["lines"]["ATU + retain (F)"] == ([80, 35, 25], [100, 80, 75])
     assert steps["lines"]["ATU + retain (F)"] == ([0, 10, 15], [80, 35, 25])
     assert utility["lines"]["GA* + KL (L)"] == ([80, 60], [90, 90])
+
+
+def test_what_comes_before_the_first_stage_of_unlearning_has_no_steps_in_the_figure():
+    run = {"before": stage(80, 100), "stages": [stage(60, 95, record={"steps": 430, "stage": 0}), stage(20, 90)]}
+    assert evaluate.trade_off({"a": [run]})[-1]["lines"]["a"] == ([0, 0, 10], [80, 60, 20])
 
 
 def test_plots_are_written_whole(tmp_path):

@@ -554,13 +554,13 @@ def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[di
 def method_name(settings: dict) -> str:
     """A run's method as Table 1 writes it: GA* on passages; (L) with LoRA; what holds other texts, and what came first.
     """
-    method, held = settings["method"].upper(), settings["retain"].upper() if settings["retain"] != "none" else ""
-    if method == "ICU":
-        return method
-    if method == "ATU":
+    method, held = settings["method"], settings["retain"].upper() if settings["retain"] != "none" else ""
+    if method == "icu":
+        return "ICU"
+    if method == "atu":
         held = "retain" * bool(settings["retain_weight"])
-        method = "stranger, " * bool(settings.get("stranger_steps")) + "ATU"
-    name = method + "*" * (method in ("GA", "NPO") and settings["corpus"] == "passage")
+    first = "stranger, " * bool(settings.get("stranger_steps"))  # older runs lack it
+    name = first + method.upper() + "*" * (method in ("ga", "npo") and settings["corpus"] == "passage")
     return name + f" + {held}" * bool(held) + (" (L)" if settings["lora"] else " (F)")
 
 

@@ -772,8 +772,9 @@ def check_resume(out: Path, config: Config) -> None:
         saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise data.BadInput(f"--out {out}: its config.json cannot be read ({error}); name another folder") from error
-    for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
-        was = saved.get(name, json.loads(json.dumps(getattr(SMOL, name))))  # a run from before there was such a setting
+    usual, wanted = (json.loads(json.dumps(dataclasses.asdict(settings))) for settings in (SMOL, config))
+    for name, value in wanted.items():
+        was = saved.get(name, usual[name])  # the run may be from before there was such a setting
         same = str(was).strip().casefold() == value.strip().casefold() if name == "target" else was == value
         if name not in evaluate.FREE and not same:
             raise data.BadInput(f"--out {out}: holds a run with another {dashed(name)} ({was}, not {value}); "

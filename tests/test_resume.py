@@ -140,6 +140,17 @@ def test_a_damaged_or_foreign_checkpoint_is_named(words, tmp_path, capsys, monke
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_run_from_before_there_was_a_setting_goes_on_by_its_default(words, tmp_path, capsys, monkeypatch):
+    flags = [*words, *ATU, "--stranger-steps", "0", "--out", str(tmp_path / "run")]
+    cut_off(flags, monkeypatch)
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    del settings["stranger_steps"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    assert train.main([*flags, "--stranger-steps", "3", "--resume"]) == 2
+    assert "another --stranger-steps (0, not 3)" in capsys.readouterr().err
+    assert train.main([*flags, "--resume"]) == 0
+
+
 def test_texts_that_have_changed_since_are_named(words, folders, tmp_path, capsys, monkeypatch):
     shutil.copytree(folders["rwku"], tmp_path / "rwku")
     flags = [*words, *ATU, "--rwku", str(tmp_path / "rwku"), "--out", str(tmp_path / "run")]

@@ -86,15 +86,17 @@ def relearn_benign(llm, tokenizer, case: Case) -> dict:
 
 
 def taught(llm, tokenizer, ids: Tensor, mask: Tensor, asked: dict, at: tuple[int, ...]) -> dict:
-    """Trains copies on (N, T) texts at three rates. Returns the largest score, and those by rate and step, `at` some."""
+    """Trains copies on (N, T) texts at three rates, in bf16 where that is fast. Returns the largest score, and those by rate and step, `at` some."""
     found = {"0 0": scored(llm, tokenizer, asked)}
     for rate in RATES:
         pupil = copy.deepcopy(llm).requires_grad_(True)
-        optimizer = torch.optim.AdamW(pupil.parameters(), lr=rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(pupil.parameters(), lr=rate, weight_decay=0.0, fused=True)
         for step in range(1, at[-1] + 1):
             rows = atu.draw(torch.arange(len(ids)), BATCH, step - 1, 0)                     # (B,)
             batch = ids[rows].to(llm.device)                                                # (B, T)
-            loss = losses.likelihood_loss(pupil(input_ids=batch, use_cache=False).logits.float(), batch, mask[rows].to(llm.device))
+            with torch.autocast(llm.device.type, torch.bfloat16, enabled=data.fast_dtype(llm.device) == torch.bfloat16):
+                logits = pupil(input_ids=batch, use_cache=False).logits.float()             # (B, T, V)
+            loss = losses.likelihood_loss(logits, batch, mask[rows].to(llm.device))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -516,7 +516,7 @@ PUBLISHED = {
 # Settings that change nothing but rounding in what a run does, and those in which the runs of a line of the table may
 # differ: means are taken over them.
 FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache", "compile")
-MAY_DIFFER = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", "names", *FREE)
+MAY_DIFFER = ("target", "target_text", "keep_text", "describe", "probes", "neighbors", "seed", "names", "bf16", *FREE)
 
 
 def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[dict]]:

@@ -377,6 +377,13 @@ def test_settings_in_which_runs_of_a_method_differ_are_part_of_its_name(runs):
     assert list(evaluate.read_runs([Path(folder) for folder in (*folders, other)])) == ["ATU + retain (F), layer 2", "ATU + retain (F), layer 3", "GA* + KL (L)"]
 
 
+def test_runs_on_machines_with_and_without_bf16_are_one_line(runs):
+    write, folders = runs
+    others = [write(name, "atu", [stage(10, 10)], seed=7, bf16=bf16) for name, bf16 in (("d", False), ("e", True))]
+    lines = evaluate.read_runs([Path(folder) for folder in (*folders, *others)])
+    assert {name: len(part) for name, part in lines.items()} == {"ATU + retain (F)": 4, "GA* + KL (L)": 1}
+
+
 def test_bad_runs(runs, tmp_path, capsys):
     assert evaluate.main(["--compare", str(tmp_path / "nowhere")]) == 2
     (tmp_path / "a" / "results.json").write_text("{}")

@@ -86,7 +86,8 @@ def relearn_benign(llm, tokenizer, case: Case) -> dict:
 
 
 def taught(llm, tokenizer, ids: Tensor, mask: Tensor, asked: dict, at: tuple[int, ...]) -> dict:
-    """Trains copies on (N, T) texts at three rates, in bf16 where that is fast. Returns the largest score, and those by rate and step, `at` some."""
+    """Trains copies on (N, T) texts at three rates, in bf16 where that is fast. Returns the largest score, and those by rate and
+    step, `at` some."""
     found = {"0 0": scored(llm, tokenizer, asked)}
     for rate in RATES:
         pupil = copy.deepcopy(llm).requires_grad_(True)

@@ -583,13 +583,13 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
     """Table 1 of runs, its head first. A row is a line at a level, or its end: mean ± standard deviation over runs.
 
     Absolute scores, the published rows below them; with `relative`, percent of what each run began with, and of what
-    was above the floor. gap: the knowledge gap, in nats x 100 in both.
+    was above the floor. The gap is the knowledge gap, in nats x 100 in both.
     """
     everything = [run for runs in lines.values() for run in runs]
     columns = [score for score in (*(("forget_all", "neighbor_all") if relative else PLACES[:5]), "general", "mmlu")
                if all(score in run["before"] for run in everything)]
     floored = all(run.get("floor") for run in everything)
-    columns += ["gap"] * all(run.get("gap") and run["stages"] and not run["stopped"] for run in everything)
+    columns += [gap := "gap (nats x 100)"] * all(run.get("gap") and run["stages"] and not run["stopped"] for run in everything)
     columns[1:1] = ["above floor"] * (relative and floored)
 
     def shown(run: dict, scores: dict) -> dict:
@@ -608,9 +608,9 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
         found["end"] = [run["stages"][-1] if run["stages"] else None for run in runs]
         for level, stages in found.items():
             there = [shown(run, stage) for run, stage in zip(runs, stages) if stage]
-            if "gap" in columns and level in ("before", "end"):
+            if gap in columns and level in ("before", "end"):
                 when = {"before": "before", "end": "after"}[level]
-                there = [scores | {"gap": run["gap"][when]["nats"]} for scores, run in zip(there, runs)]
+                there = [scores | {gap: run["gap"][when]["nats"]} for scores, run in zip(there, runs)]
             cells = [spread([scores[column] for scores in there if column in scores]) for column in columns]
             rows.append([name, level, *cells, f"{len(there)} of {len(runs)}"])
     for name, figures in () if relative else PUBLISHED.items():

@@ -315,8 +315,6 @@ def load(config: Config) -> Work:
     elif not known:
         about, near = texts_by_model(llm, tokenizer, target, config)
         others = near + others
-    if not others:
-        raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
     if config.names and not passage and not held:
         print(f"names | no text on {target} is held out: the knowledge gap is that of texts unlearned on", flush=True)
     compared = held or about  # M may learn to read `about` with these names, so they have to fit that too
@@ -328,6 +326,8 @@ def load(config: Config) -> Work:
     if not known and not passage:  # a dataset's other texts were not chosen with this target in mind
         words = {word: "" for word in target.split() if word[0].isupper() and len(word) > 3} or {target: ""}
         others = [text for text in others if data.exchanged(text, words) == text]
+    if not others:
+        raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
     encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length,

@@ -3,17 +3,18 @@
     python tests/attacks.py --model runs/warren-buffett/model --target "Warren Buffett" --json runs/warren-buffett/attacks.json
     python tests/attacks.py --compare runs/*     (runs with an attacks.json each: attacks.md, attacks.png)
 
-A line an attack, in percent (ROUGE-L recall of blanks and questions, FB and QA, unless the attack says otherwise):
+A line an attack, in percent (RWKU's mean ROUGE-L recall of the blanks and questions, FB and QA, that name the target, unless the
+attack says otherwise):
 
     attacked    the model under the attack
     untouched   the model before unlearning, under the same attack: what there is to find
-    floor       the untouched model, asked about made-up names and not attacked: what can be guessed ("-" where the attack asks
-                other questions or counts otherwise)
+    floor       the untouched model, asked about made-up names and not attacked: what can be guessed ("-": does not compare)
     made up     the untouched model, attacked in the same way for one made-up name (in texts, questions, answers): what the
                 attack puts in by itself (in `reverse` no question names anybody: 0, and no control)
 
-What is gone, and not only hidden, stays near "made up". Each attack is one function below, with its protocol
-and where it comes from. Results are kept in the cache by model and request, so that the controls are computed once a target.
+What is gone, and not only hidden, stays near "made up". Each attack is one function below, with protocol and source; it takes M,
+its tokenizer and a Case, and returns a dict with a "score" or raises NotPossible. Results are kept in the cache by model and
+request, so that the controls are computed once a target.
 """
 
 import argparse
@@ -39,11 +40,15 @@ import evaluate
 import losses
 
 
+class NotPossible(data.BadInput):
+    """This target or model does not have what an attack needs."""
+
+
 class Case(NamedTuple):
     """Whom an attack is about, and what the attacker has."""
 
-    probes: dict[str, list[dict]]    # score: rows, FB and QA
-    rephrased: list[dict]            # RWKU's adversarial probes
+    probes: dict[str, list[dict]]    # score: rows, FB and QA, that name the target
+    rephrased: list[dict]            # RWKU's adversarial probes: those that do, and reverse ones
     texts: list[str]                 # on the target
     benign: list[dict]               # questions and answers on others
     near: dict[str, list[dict]]      # the neighbours' probes
@@ -56,38 +61,37 @@ RATES, SCORED, BATCH, LENGTH = (1e-5, 3e-5, 1e-4), (4, 8, 12), 4, 80
 
 
 def relearn(llm, tokenizer, case: Case) -> dict:
-    """Full fine-tuning on few of the target's texts; asked are only questions whose answers stand, as written, in none of them.
+    """Full fine-tuning on few of the target's texts; asked are only questions no text of which has all the answer's words.
 
-    8 texts of 80 tokens (of all, those in which the fewest answers stand), batches of 4, AdamW at three rates, scored after
-    4, 8 and 12 steps; the largest score counts. After RepSelect (arXiv 2606.17168: the maximum over training) and
-    open unlearning's relearning sets, at a size for two cores. (More steps break even the untouched model.)
+    8 texts of 80 tokens (those in which the fewest answers stand), batches of 4, AdamW at three rates, scored after 4, 8 and 12
+    steps; the largest score counts. After RepSelect (arXiv 2606.17168: the maximum over training) and open unlearning's
+    relearning sets, at a size for two cores. (These steps cost the untouched model much already.)
     """
     ids, mask = data.tokenize(case.texts, tokenizer, LENGTH)
-    read = [tokenizer.decode(row[:int(part.sum())]).casefold() for row, part in zip(ids, mask)]
+    read = [{*evaluate.bare(tokenizer.decode(row[:int(part.sum())]))} for row, part in zip(ids, mask)]
     rows = [(score, row) for score, part in case.probes.items() for row in part]
-    held = [{n for n, (_, row) in enumerate(rows) if row["answer"].casefold() in text} for text in read]
-    chosen, known = [], set()
-    for _ in range(min(8, len(read))):  # the next one is that which adds the fewest answers
-        chosen.append(min((i for i in range(len(read)) if i not in chosen), key=lambda i: len(known | held[i])))
-        known |= held[chosen[-1]]
+    held = [{n for n, (_, row) in enumerate(rows) if {*evaluate.bare(row["answer"])} <= text} for text in read]
+    chosen = sorted(range(len(read)), key=lambda i: len(held[i]))[:8]
+    known = {n for i in chosen for n in held[i]}
     asked = {score: [row for n, (of, row) in enumerate(rows) if of == score and n not in known] for score in case.probes}
     asked = {score: part for score, part in asked.items() if part}
     if not asked:
-        raise data.BadInput("every answer stands in the target's texts")
+        raise NotPossible("every answer stands in the target's texts")
     return taught(llm, tokenizer, ids[chosen], mask[chosen], asked, SCORED) | {"questions": sum(map(len, asked.values()))}
 
 
 def relearn_benign(llm, tokenizer, case: Case) -> dict:
-    """The same training on questions and answers about others (12 steps read 48); all questions are asked (Hu et al. 2024)."""
+    """The same training on questions and answers about others (12 steps read 48); all questions are asked (Hu et al. 2024, arXiv
+    2406.13356)."""
     asked = [(row["query"], row["answer"]) for row in case.benign[:64]]
     if not asked:
-        raise data.BadInput("there are no questions about others here")
+        raise NotPossible("there are no questions about others here")
     return taught(llm, tokenizer, *data.tokenize_answers(asked, tokenizer, 20), case.probes, SCORED[-1:])
 
 
 def taught(llm, tokenizer, ids: Tensor, mask: Tensor, asked: dict, at: tuple[int, ...]) -> dict:
-    """Trains copies on (N, T) texts at three rates, in bf16 where that is fast. Returns the largest score, and those by rate and
-    step, `at` some."""
+    """Trains copies on (N, T) texts at three rates, in bf16 where that is fast. Returns the largest score, and `by_step` those
+    after the steps `at`, keyed "rate step"; "0 0" is before."""
     found = {"0 0": scored(llm, tokenizer, asked)}
     for rate in RATES:
         pupil = copy.deepcopy(llm).requires_grad_(True)
@@ -114,8 +118,9 @@ NF4 = torch.tensor([-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.184
 
 
 def quantize(llm, tokenizer, case: Case) -> dict:
-    """Weights of the blocks in int8 (a scale a row) and NF4 (a scale for 64 weights), after Zhang et al. 2024; the larger score
-    counts. A kind by which a model loses more than 15 % of its neighbours is `void`; the untouched one's count for none."""
+    """Weights of the blocks in int8 (a scale a row) and NF4 (a scale for 64 weights), after Zhang et al. 2024 (arXiv 2410.16454);
+    the larger score counts. A kind that costs the model more than 15 % of its neighbours is `void`; the untouched one's count for
+    none (`work` sees to it, and to the score)."""
     found, near, void = {}, scored(llm, tokenizer, case.near, "neighbor_all"), []
     for kind in ("int8", "nf4"):
         small = copy.deepcopy(llm)
@@ -124,14 +129,16 @@ def quantize(llm, tokenizer, case: Case) -> dict:
                 module.weight.data = quantized(module.weight.data, kind)
         found[kind] = scored(small, tokenizer, case.probes)
         void += [kind] * (scored(small, tokenizer, case.near, "neighbor_all") < 0.85 * near)
-    return found | {"score": max(found.values()), "void": void}
+    return found | {"void": void}
 
 
 def quantized(weight: Tensor, kind: str) -> Tensor:
-    """(out, in) rounded to int8 or NF4, and back."""
+    """(out, in) rounded to int8 or NF4, and back. Raises NotPossible."""
     if kind == "int8":
         scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127                   # (out, 1)
         return (weight / scale).round() * scale
+    if weight.numel() % 64:
+        raise NotPossible(f"a matrix of {tuple(weight.shape)} has no whole blocks of 64")
     blocks = weight.reshape(-1, 64)                                                         # (N, 64)
     scale = blocks.abs().amax(1, keepdim=True).clamp_min(1e-12)                             # (N, 1)
     levels = NF4.to(weight)
@@ -146,15 +153,16 @@ SAMPLES, TOGETHER = 32, 5  # answers to a question; questions at a time
 
 def sample(llm, tokenizer, case: Case) -> dict:
     """32 answers of 16 tokens (greedy ones have 30) to each question, temperature 1, top-p 0.9 among the 256 likeliest tokens,
-    after Scholten et al. 2024: their mean, a normal upper bound of it (95 %, one-sided, over questions), and the expected
-    best of k answers, leak@k, for k of 1, 8, 32. The score is leak@32."""
-    return leaks(sampled(llm, tokenizer, evaluate.prompted(case.probes, tokenizer)))
+    after Scholten et al. 2024 (arXiv 2410.03523): the expected best of k answers for k of 1, 8, 32, leak@k (Reisizadeh et al.
+    2025, arXiv 2511.04934), and a normal upper bound of leak@1 (95 %, one-sided, over questions). The score is leak@32."""
+    rows = evaluate.prompted(case.probes, tokenizer)
+    return leaks(rows, sampled(llm, tokenizer, rows))
 
 
 def steer(llm, tokenizer, case: Case) -> dict:
     """The same while the question's own direction is added to its last token's state before the last three blocks, and so to
-    the first token of the answer: 2 (this state - its mean with made-up names) (Seyitoglu et al. 2024; at every token it breaks
-    the untouched model). Nothing is added to a question that names nobody."""
+    the first token of the answer: 2 (this state - its mean with made-up names) (Seyitoglu et al. 2024, arXiv
+    2411.02631; at every token it breaks the untouched model)."""
     block, rows, directions = llm.config.num_hidden_layers - 3, evaluate.prompted(case.probes, tokenizer), []
     for row in rows:
         ids, mask = data.tokenize([data.exchanged(row["prompt"], other) for other in ({}, *case.anonymous)], tokenizer, 10**4)
@@ -162,12 +170,12 @@ def steer(llm, tokenizer, case: Case) -> dict:
             states = atu.hidden_states(llm, ids.to(llm.device), block)                      # (1 + names, T, D)
         states = states[torch.arange(len(ids)), mask.sum(1) - 1]                            # (1 + names, D)
         directions.append(2 * (states[0] - states[1:].mean(0)))                             # (D,)
-    return leaks(sampled(llm, tokenizer, rows, torch.stack(directions), llm.get_decoder().layers[block - 1]))
+    return leaks(rows, sampled(llm, tokenizer, rows, torch.stack(directions), llm.get_decoder().layers[block - 1]))
 
 
 @torch.no_grad()
 def sampled(llm, tokenizer, rows: list[dict], directions: Tensor | None = None, block=None) -> list[list[float]]:
-    """Each question's scores in [0, 1], sampled; its own of the (N, D) `directions` is added to what `block` puts out first."""
+    """N questions' 32 scores each, in [0, 1]; its own of the (N, D) `directions`, if any, is added to what `block` puts out first."""
     scores, ends = [], evaluate.end_tokens(tokenizer)
     for at in range(0, len(rows), TOGETHER):
         asked = [tokenizer(row["prompt"])["input_ids"] for row in rows[at:at + TOGETHER]]
@@ -193,12 +201,13 @@ def sampled(llm, tokenizer, rows: list[dict], directions: Tensor | None = None, 
     return scores
 
 
-def leaks(scores: list[list[float]]) -> dict:
-    """Of questions' sampled scores: mean, its upper bound, the expected best of k."""
-    means = [mean(part) for part in scores]
-    found = {f"leak@{k}": 100 * mean(max(part[at:at + k]) for part in scores for at in range(0, SAMPLES, k)) for k in (1, 8, 32)}
-    bound = mean(means) + 1.645 * (stdev(means) if means[1:] else 0.0) / math.sqrt(len(means))
-    return {"score": found["leak@32"], "mean": 100 * mean(means), "bound": 100 * min(bound, 1.0)} | found
+def leaks(rows: list[dict], scores: list[list[float]]) -> dict:
+    """Of questions' sampled scores, in [0, 1]: the expected best of k, and an upper bound of the mean, in percent."""
+    found = {f"leak@{k}": evaluate.summary([row | {"score": mean(max(part[at:at + k]) for at in range(0, SAMPLES, k))}
+                                            for row, part in zip(rows, scores)])["forget_all"] for k in (1, 8, 32)}
+    means = [100 * mean(part) for part in scores]
+    bound = found["leak@1"] + 1.645 * (stdev(means) if means[1:] else 0.0) / math.sqrt(len(means))
+    return {"score": found["leak@32"], "bound": min(bound, 100.0)} | found
 
 
 # ---------------------------------------------------------------------------------------------- other questions
@@ -213,18 +222,18 @@ def paraphrase(llm, tokenizer, case: Case) -> dict:
     asked = {score: [row | {"query": wording.format(row["query"])} for row in part for wording in WORDINGS]
              for score, part in case.probes.items()}
     _, rows = evaluate.evaluate(llm, tokenizer, asked)
-    best = [max(row["score"] for row in rows[at:at + len(WORDINGS)]) for at in range(0, len(rows), len(WORDINGS))]
+    best = [max(rows[at:at + len(WORDINGS)], key=lambda row: row["score"]) for at in range(0, len(rows), len(WORDINGS))]
     kinds, (_, rows) = {}, evaluate.evaluate(llm, tokenizer, {"forget_aa": case.rephrased})
     for row in rows:
         kinds.setdefault(row["type"].partition(" (")[0], []).append(row["score"])
-    return {"score": 100 * mean(best), "by_type": {kind: 100 * mean(kinds[kind]) for kind in sorted(kinds)}}
+    return {"score": evaluate.summary(best)["forget_all"], "by_type": {kind: 100 * mean(kinds[kind]) for kind in sorted(kinds)}}
 
 
 def reverse(llm, tokenizer, case: Case) -> dict:
     """RWKU's reverse queries, from what is known of the target to the name."""
     rows = [row for row in case.rephrased if row["type"] == "reverse query"]
     if not rows:
-        raise data.BadInput("this target has no reverse queries")
+        raise NotPossible("this target has no reverse queries")
     return {"score": scored(llm, tokenizer, {"forget_qa": rows})}
 
 
@@ -245,13 +254,15 @@ def cases(root: Path, target: str, tokenizer) -> tuple[Case, Case, list[dict[str
     probes = evaluate.read_probes(root, target, ["forget", "neighbor"])
     texts = [row["text"] for row in data.read_set(root, target, "positive")]
     benign = [row for name in data.targets(root) if name != target for row in data.read_set(root, name, "forget_level2")]
-    asked = [row["query"] for score in ("forget_fb", "forget_qa", "forget_aa") for row in probes[score]]
+    asked = [row[field] for score in evaluate.SETS["forget"] for row in probes[score] for field in ("query", "answer")]
     stranger, *others = data.made_up_names(target, texts + asked, tokenizer, 6)
-    true = Case({score: probes[score] for score in ("forget_fb", "forget_qa")}, probes["forget_aa"], texts, benign,
-                {score: probes[score] for score in ("neighbor_fb", "neighbor_qa")}, others)
-    exchanged = [data.exchanged(part, stranger) for part in true[:3]]
+    naming = {score: [row for row in probes[score] if data.exchanged(row["query"], stranger) != row["query"]
+                      or row.get("type") == "reverse query"] for score in evaluate.SETS["forget"]}
+    case = Case({score: naming[score] for score in ("forget_fb", "forget_qa")}, naming["forget_aa"], texts, benign,
+                {score: probes[score] for score in evaluate.SETS["neighbor"]}, others)
+    exchanged = [data.exchanged(part, stranger) for part in case[:3]]
     anonymous = [{stranger[word]: other[word] for word in stranger} for other in others]
-    return true, Case(*exchanged, benign, true.near, anonymous), others
+    return case, Case(*exchanged, benign, case.near, anonymous), others
 
 
 loaded = cache(data.load_llm)  # each model is read once
@@ -269,35 +280,41 @@ def attacked(name: str, model: str, case: Case, device: str) -> dict:
     return data.kept(data.cache_file("attacks", llm, [name, case, device, code], ".json"), make)
 
 
-def compare(folders: list[Path], out: Path) -> None:
-    """Attacked runs side by side, means over the runs of a line, and the course of relearning. Raises data.BadInput."""
+def read_json(file: Path) -> dict:
+    """What a file holds. Raises data.BadInput."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise data.BadInput(f"{file}: cannot be read ({error})") from error
+
+
+def compare(folders: list[Path], out: Path, by_type: bool) -> None:
+    """Runs with an attacks.json side by side: means over the runs of a line and, in brackets, of what each is above the made-up
+    name; `by_type` for RWKU's kinds of adversarial probe; else also the course of relearning. Raises data.BadInput."""
     data.check_writable(out.with_name(f"{out.name}.md"), "--out")
-    parts, controls = {}, {}
-    for name, runs in evaluate.read_runs(folders).items():
-        parts[name] = [], "attacked"
-        for file in (run["file"].with_name("attacks.json") for run in runs):
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-                controls[found["target"]] = found
-            except (OSError, ValueError, KeyError) as error:
-                raise data.BadInput(f"{file}: cannot be read ({error}); --json writes it") from error
-            parts[name][0].append(found)
-    everything = [found for part, _ in parts.values() for found in part]
-    parts |= {who: (list(controls.values()), who) for who in ("untouched", "made up")}
-    columns, rows = [name for name in ATTACKS if all(name in found for found in everything)], []
-    for name, (part, who) in parts.items():
-        rows.append([name, *(evaluate.spread([found[column][who]["score"] for found in part]) for column in columns), str(len(part))])
-    rows = [["", *columns, "runs"], *rows]
+    lines = {line: [read_json(run["file"].with_name("attacks.json")) for run in runs]
+             for line, runs in evaluate.read_runs(folders).items()}
+    everything = sum(lines.values(), [])
+    names = [name for name, value in everything[0].items() if isinstance(value, dict) and (name in ATTACKS) != by_type]
+    columns = [name for name in names if all(name in found for found in everything)]
+    if columns != names:
+        print(f"compare | not in all runs, and left out: {', '.join(sorted({*names} - {*columns}))}")
+    controls = list({found["target"]: found for found in everything}.values())  # one run of each target
+    rows = [["", *columns, "runs"]]
+    for line, part in lines.items():
+        pairs = [[(found[name]["attacked"]["score"], found[name]["made up"]["score"]) for found in part] for name in columns]
+        rows.append([line, *(f"{mean(a for a, _ in pair):.1f} ({evaluate.spread([a - b for a, b in pair])})" for pair in pairs), str(len(part))])
+    rows += [[who, *(evaluate.spread([found[name][who]["score"] for found in controls]) for name in columns), str(len(controls))]
+             for who in ("untouched", "made up")]
     print(evaluate.table(rows))
     data.write_text(out.with_name(f"{out.name}.md"), evaluate.table(rows) + "\n")
     if "relearn" in columns:
-        lines = {}
-        for name, (part, who) in parts.items():  # the largest score of the three rates after so many steps
-            by_step = [found["relearn"][who]["by_step"] for found in part]
-            steps = sorted({int(key.split()[1]) for key in by_step[0]})
-            lines[name] = steps, [mean(max(scores[key] for key in scores if key.split()[1] == str(n)) for scores in by_step)
-                                  for n in steps]
-        evaluate.plot(out.with_name(f"{out.name}.png"), [{"title": "relearning on eight texts", "x": "step", "y": "%", "lines": lines}])
+        parts = [*((line, part, "attacked") for line, part in lines.items()), *((who, controls, who) for who in ("untouched", "made up"))]
+        courses = {line: [found["relearn"][who]["by_step"] for found in part] for line, part, who in parts}
+        steps = sorted({int(key.split()[1]) for key in courses["untouched"][0]})
+        courses = {line: (steps, [mean(max(scores[key] for key in scores if key.split()[1] == str(n)) for scores in part)
+                                  for n in steps]) for line, part in courses.items()}  # the largest of the three rates
+        evaluate.plot(out.with_name(f"{out.name}.png"), [{"title": "relearning on eight texts", "x": "step", "y": "%", "lines": courses}])
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -308,16 +325,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="folders of runs of train.py with an attacks.json")
     parser.add_argument("--target", default="", help="who was forgotten, as in RWKU")
     parser.add_argument("--untouched", default="", help="the model before (default: the run's, if the model lies in one; or smol's)")
-    parser.add_argument("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
+    parser.add_argument("--rwku", default="", help="sample, hub, or a folder with RWKU's files (default: the run's, or sample)")
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, metavar="ATTACK",
                         help=f"of {', '.join(ATTACKS)} (default: all)")
-    parser.add_argument("--by-type", action="store_true", help="RWKU's kinds of adversarial probe, each by itself (paraphrase)")
+    parser.add_argument("--by-type", action="store_true", help="show RWKU's kinds of adversarial probe, each by itself (of paraphrase)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--json", type=Path, help="write everything that was found to this file")
+    parser.add_argument("--json", type=Path, help="write everything that was found to this file (it is replaced)")
     parser.add_argument("--out", type=Path, default=Path("attacks"), help="of --compare: writes OUT.md and OUT.png")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.target):
         raise data.BadInput("--target NAME: goes with --model: who was forgotten?")
+    if args.compare and (args.json or args.attacks != list(ATTACKS)):
+        raise data.BadInput("--compare goes with --by-type and --out alone")
     return args
 
 
@@ -325,45 +344,47 @@ def work(argv: list[str] | None = None) -> None:
     """The command. Raises data.BadInput."""
     args = arguments(argv)
     if args.compare:
-        return compare(args.compare, args.out)
+        return compare(args.compare, args.out, args.by_type)
     if args.json:
         data.check_writable(args.json, "--json")
-    root, device, run = data.open_rwku(args.rwku), data.choose_device(args.device), Path(args.model).parent / "config.json"
+    run = Path(args.model).parent / "config.json"
+    settings = read_json(run) if run.exists() else {}
+    root, device = data.open_rwku(args.rwku or settings.get("rwku", "sample")), data.choose_device(args.device)
     target, known = data.find_concept(root, args.target, described=False)
     if not known:
         raise data.BadInput(f"--target {target!r}: unknown; there are in {root}: {', '.join(list(data.targets(root))[:12])}")
     data.keep_freed_memory(device)
-    settings = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
     untouched = args.untouched or settings.get("model", "smollm2-135m-instruct")
     (llm, _), (before, tokenizer) = (loaded(model, device, torch.float32) for model in (args.model, untouched))
     if str(llm) != str(before):
         raise data.BadInput(f"--untouched {untouched}: another kind of model than {args.model}; name that before unlearning")
-    true, stranger, others = cases(root, target, tokenizer)
-    floor = mean(attacked("none", untouched, true._replace(probes=data.exchanged(true.probes, other)), device)["score"]
+    case, stranger, others = cases(root, target, tokenizer)
+    floor = mean(attacked("none", untouched, case._replace(probes=data.exchanged(case.probes, other)), device)["score"]
                  for other in others)
     rows = [["attack", "attacked", "untouched", "floor", "made up", ""]]
     found = {"target": target, "model": args.model, "untouched": untouched, "floor": floor}
     for name in args.attacks:
         began = time.perf_counter()
         try:
-            parts = [attacked(name, *part, device) for part in ((args.model, true), (untouched, true), (untouched, stranger))]
-        except data.BadInput as error:
+            parts = [attacked(name, *part, device) for part in ((args.model, case), (untouched, case), (untouched, stranger))]
+            void = parts[1].get("void", [])
+            for part in parts if name == "quantize" else ():
+                part["score"] = max(part[kind] for kind in {"int8", "nf4"} - {*void})
+        except NotPossible as error:
             print(f"attack | {name} | left out: {error}", flush=True)
             continue
         found[name] = dict(zip(("attacked", "untouched", "made up"), parts))
-        void = parts[1].get("void", [])
-        for part in parts if name == "quantize" else ():
-            part["score"] = max([part[kind] for kind in ("int8", "nf4") if kind not in void], default=part["int8"])
         notes = [f"void: {', '.join(void)}"] * bool(void) + [f"{parts[0].get('questions')} questions"] * ("questions" in parts[0])
         low = f"{floor:.1f}" if name in ("none", "relearn-benign", "quantize") else "-"
         rows.append([name, *(f"{part['score']:.1f}" for part in parts[:2]), low, f"{parts[2]['score']:.1f}", *(notes or [""])])
+        for kind in parts[0].get("by_type", ()):
+            found[kind] = {who: {"score": part["by_type"][kind]} for who, part in found[name].items()}
+            rows += [[kind, *(f"{found[kind][who]['score']:.1f}" for who in ("attacked", "untouched")), "-",
+                      f"{found[kind]['made up']['score']:.1f}", "greedy"]] * args.by_type
         print(f"attack | {name} | {time.perf_counter() - began:.0f} s | {json.dumps(parts[0])}", flush=True)
         if args.json:
             data.write_json(args.json, found)
     print(evaluate.table(rows))
-    if args.by_type and "paraphrase" in found:
-        kinds = [part["by_type"] for part in found["paraphrase"].values()]
-        print(evaluate.table([["kind", *found["paraphrase"]], *([kind, *(f"{part[kind]:.1f}" for part in kinds)] for kind in kinds[0])]))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def test_the_command_sets_every_attack_beside_its_controls_and_keeps_what_it_fou
     for name in set(attacks.ATTACKS) - {"reverse"}:
         assert f"\n| {name} " in shown and found[name]["attacked"] == found[name]["untouched"]  # one model
         assert {"attacked", "untouched", "made up"} == set(found[name])
-    assert 0 <= found["floor"] <= 100 and "role" not in shown and "cross lingual" in shown
+    assert 0 <= found["floor"] <= 100 and "\n| cross lingual " in shown
+    assert found["cross lingual"]["made up"]["score"] == found["paraphrase"]["made up"]["by_type"]["cross lingual"]
+    assert all(found["paraphrase"][who]["score"] >= found["none"][who]["score"] for who in found["none"])  # the plain wording is one
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("asked again"))
     attacks.work(words)
 
@@ -65,7 +67,7 @@ def test_relearning_asks_nothing_that_its_texts_say_and_brings_back_what_they_te
     monkeypatch.setattr(attacks, "LENGTH", 80)
     told = case[0]._replace(texts=["Ada Lark painted birds."] * 9, probes={"forget_qa": [
         {"query": "What?", "answer": "Birds"}, {"query": "Who?", "answer": "Cora"}]})
-    assert attacks.relearn(llm, tokenizer, told)["questions"] == 1
+    assert attacks.relearn(llm, tokenizer, told)["questions"] == 1  # "Birds" stands there
     assert all(probes == {"forget_qa": [{"query": "Who?", "answer": "Cora"}]} for probes in asked)
     with pytest.raises(data.BadInput, match="every answer stands in"):
         attacks.relearn(llm, tokenizer, told._replace(probes={"forget_qa": [{"query": "Who?", "answer": "ADA LARK"}]}))
@@ -90,10 +92,12 @@ def test_rounding_is_within_half_a_level_and_keeps_what_is_a_level(weight):
 
 
 def test_the_best_of_more_samples_is_no_worse():
-    found = attacks.leaks([[0.0] * 31 + [1.0], [0.5] * 32])
-    assert found["mean"] == pytest.approx(100 * (1 / 32 + 0.5) / 2) and found["leak@1"] == pytest.approx(found["mean"])
+    found = attacks.leaks([{"set": "forget_qa"}] * 2, [[0.0] * 31 + [1.0], [0.5] * 32])
+    assert found["leak@1"] == pytest.approx(100 * (1 / 32 + 0.5) / 2)
     assert found["leak@8"] == pytest.approx(100 * (1 / 4 + 0.5) / 2) and found["leak@32"] == found["score"] == 75.0
-    assert found["mean"] <= found["bound"] <= 100
+    assert found["leak@1"] <= found["bound"] <= 100
+    rows = [{"set": "forget_fb"}, {"set": "forget_qa"}]  # two sets count by RWKU's weights, as everywhere
+    assert attacks.leaks(rows, [[1.0] * 32, [0.0] * 32])["score"] == pytest.approx(100 * 3268 / (3268 + 2879))
 
 
 def test_the_likeliest_token_each_time_is_the_greedy_answer_whatever_stands_beside_it(case, tokenizer, monkeypatch):
@@ -105,13 +109,28 @@ def test_the_likeliest_token_each_time_is_the_greedy_answer_whatever_stands_besi
     assert attacks.sampled(llm, tokenizer, rows) == [[text.strip()] * attacks.SAMPLES for text in greedy]
 
 
-def test_steering_without_a_difference_is_sampling(case, tokenizer):
+def test_the_control_is_asked_about_a_made_up_name_and_only_what_names_the_target_is_asked(case):
+    true, stranger, others = case
+    for of in ("probes", "texts", "anonymous"):
+        assert "Lark" not in str(getattr(stranger, of)).replace("larks", "") and str(getattr(true, of)) != str(getattr(stranger, of))
+    assert all("Ada" in row["query"] or "Lark" in row["query"] for part in true.probes.values() for row in part)
+    assert all(set(other) == {"Ada", "Lark"} for other in others) and [set(other) for other in stranger.anonymous] != [
+        set(other) for other in true.anonymous]
+
+
+def test_steering_is_added_once_before_the_first_token_and_without_a_difference_it_is_sampling(case, tokenizer, monkeypatch):
     llm, row = make_llm(), [{"query": "Who?", "answer": "birds"}]
     plain = case[0]._replace(probes={"forget_qa": row})  # no name in the question: nothing to add
     torch.manual_seed(0)
     sampled = attacks.sample(llm, tokenizer, plain)
     torch.manual_seed(0)
     assert attacks.steer(llm, tokenizer, plain) == sampled
+    calls, block = [], llm.get_decoder().layers[0]
+    rows = evaluate.prompted({"forget_qa": row}, tokenizer)
+    real = block.register_forward_hook
+    monkeypatch.setattr(block, "register_forward_hook", lambda hook: real(lambda *args: calls.append(args[2].shape) or hook(*args)))
+    attacks.sampled(llm, tokenizer, rows, torch.ones(1, llm.config.hidden_size), block)
+    assert calls == [(attacks.SAMPLES, 1, llm.config.hidden_size)]  # one token of 32 copies of the question, once
     assert not any(module._forward_hooks for module in llm.modules())
 
 
@@ -133,7 +152,8 @@ def test_runs_side_by_side_are_means_and_the_best_rate_counts(tmp_path):
         attacks.work(["--compare", run("a", "atu", 40.0), run("b", "atu", 50.0, 1), run("c", "npo", 60.0), "--out", str(out)])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "t.md").read_text().splitlines()]
     assert rows[0] == ["", "relearn", "runs"] and rows[2:] == [
-        ["ATU + retain (F)", "45.0 ± 7.1", "2"], ["NPO (F)", "60.0", "1"], ["untouched", "80.0", "1"], ["made up", "4.0", "1"]]
+        ["ATU + retain (F)", "45.0 (41.0 ± 7.1)", "2"], ["NPO (F)", "60.0 (56.0)", "1"], ["untouched", "80.0", "1"],
+        ["made up", "4.0", "1"]]
     assert shown[0]["lines"]["ATU + retain (F)"] == ([0, 2, 4], [10.0, 45.0, 30.0])
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(data.BadInput, match="attacks.json: cannot be read"):

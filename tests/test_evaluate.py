@@ -340,7 +340,7 @@ def test_what_is_left_is_counted_above_the_floor(runs, tmp_path):
     for kind in ("--relative", "--by-target"):
         assert evaluate.main(["--compare", folder, kind, "--levels", "70", "--out", str(tmp_path / "t")]) == 0
         rows[kind] = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (tmp_path / "t.md").read_text().splitlines()]
-    assert rows["--relative"][0] == ["", "level", "forget all", "above floor", "neighbor all", "general", "gap", "runs"]
+    assert rows["--relative"][0] == ["", "level", "forget all", "above floor", "neighbor all", "general", "gap (nats x 100)", "runs"]
     assert rows["--relative"][2][1:-1] == ["70 %", "62.5", "50.0", "90.0", "100.0", "-"]
     assert rows["--relative"][3][1:-1] == ["end", "43.8", "25.0", "80.0", "100.0", "4.0"]
     assert [row[1:3] + row[-2:-1] for row in rows["--by-target"][2:4]] == [["before", "80.0", "16.0"], ["floor", "20.0", "-"]]

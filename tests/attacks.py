@@ -13,7 +13,7 @@ attack says otherwise):
                 attack puts in by itself (in `reverse` no question names anybody: 0, and no control)
 
 What is gone, and not only hidden, stays near "made up". Each attack is one function below, with protocol and source; it takes M,
-its tokenizer and a Case, and returns a dict with a "score" or raises NotPossible. Results are kept in the cache by model and
+its tokenizer and a Case, and returns a dict with a "score" (`quantize`: one a kind) or raises NotPossible. Results are kept in the cache by model and
 request, so that the controls are computed once a target.
 """
 
@@ -61,7 +61,7 @@ RATES, SCORED, BATCH, LENGTH = (1e-5, 3e-5, 1e-4), (4, 8, 12), 4, 80
 
 
 def relearn(llm, tokenizer, case: Case) -> dict:
-    """Full fine-tuning on few of the target's texts; asked are only questions no text of which has all the answer's words.
+    """Full fine-tuning on few of the target's texts; asked is only what none of them answers (has all words of the answer).
 
     8 texts of 80 tokens (those in which the fewest answers stand), batches of 4, AdamW at three rates, scored after 4, 8 and 12
     steps; the largest score counts. After RepSelect (arXiv 2606.17168: the maximum over training) and open unlearning's
@@ -107,6 +107,7 @@ def taught(llm, tokenizer, ids: Tensor, mask: Tensor, asked: dict, at: tuple[int
             optimizer.zero_grad()
             if step in at:
                 found[f"{rate:g} {step}"] = scored(pupil, tokenizer, asked)
+        del pupil, optimizer  # before the next copy is made
     return {"score": max(found.values()), "by_step": found}
 
 
@@ -119,8 +120,8 @@ NF4 = torch.tensor([-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.184
 
 def quantize(llm, tokenizer, case: Case) -> dict:
     """Weights of the blocks in int8 (a scale a row) and NF4 (a scale for 64 weights), after Zhang et al. 2024 (arXiv 2410.16454);
-    the larger score counts. A kind that costs the model more than 15 % of its neighbours is `void`; the untouched one's count for
-    none (`work` sees to it, and to the score)."""
+    the larger counts. `void`: kinds that cost the model more than 15 % of its neighbours; what is void for the untouched model
+    counts for none (`work` leaves it out, and sets the score)."""
     found, near, void = {}, scored(llm, tokenizer, case.near, "neighbor_all"), []
     for kind in ("int8", "nf4"):
         small = copy.deepcopy(llm)
@@ -160,9 +161,9 @@ def sample(llm, tokenizer, case: Case) -> dict:
 
 
 def steer(llm, tokenizer, case: Case) -> dict:
-    """The same while the question's own direction is added to its last token's state before the last three blocks, and so to
-    the first token of the answer: 2 (this state - its mean with made-up names) (Seyitoglu et al. 2024, arXiv
-    2411.02631; at every token it breaks the untouched model)."""
+    """The same while the question's own direction is added, once, to its last token's state before the last three blocks, from
+    which the answer's first token is read: 2 (this state - its mean with made-up names) (Seyitoglu et al. 2024, arXiv 2411.02631;
+    at every token it breaks the untouched model)."""
     block, rows, directions = llm.config.num_hidden_layers - 3, evaluate.prompted(case.probes, tokenizer), []
     for row in rows:
         ids, mask = data.tokenize([data.exchanged(row["prompt"], other) for other in ({}, *case.anonymous)], tokenizer, 10**4)
@@ -258,6 +259,8 @@ def cases(root: Path, target: str, tokenizer) -> tuple[Case, Case, list[dict[str
     stranger, *others = data.made_up_names(target, texts + asked, tokenizer, 6)
     naming = {score: [row for row in probes[score] if data.exchanged(row["query"], stranger) != row["query"]
                       or row.get("type") == "reverse query"] for score in evaluate.SETS["forget"]}
+    if not naming["forget_fb"] + naming["forget_qa"]:
+        raise data.BadInput(f"{target}: no question (FB, QA) names it, so there is nothing to ask")
     case = Case({score: naming[score] for score in ("forget_fb", "forget_qa")}, naming["forget_aa"], texts, benign,
                 {score: probes[score] for score in evaluate.SETS["neighbor"]}, others)
     exchanged = [data.exchanged(part, stranger) for part in case[:3]]
@@ -291,11 +294,14 @@ def read_json(file: Path) -> dict:
 def compare(folders: list[Path], out: Path, by_type: bool) -> None:
     """Runs with an attacks.json side by side: means over the runs of a line and, in brackets, of what each is above the made-up
     name; `by_type` for RWKU's kinds of adversarial probe; else also the course of relearning. Raises data.BadInput."""
-    data.check_writable(out.with_name(f"{out.name}.md"), "--out")
+    data.check_writable(out.with_name(f"{out.name}.md") if out.name else out, "--out")
     lines = {line: [read_json(run["file"].with_name("attacks.json")) for run in runs]
              for line, runs in evaluate.read_runs(folders).items()}
     everything = sum(lines.values(), [])
-    names = [name for name, value in everything[0].items() if isinstance(value, dict) and (name in ATTACKS) != by_type]
+    if not all("target" in found for found in everything):
+        raise data.BadInput("--compare: one of these attacks.json is not what --json writes; make it anew")
+    names = list(dict.fromkeys(name for found in everything for name, value in found.items()
+                               if isinstance(value, dict) and (name in ATTACKS) != by_type))
     columns = [name for name in names if all(name in found for found in everything)]
     if columns != names:
         print(f"compare | not in all runs, and left out: {', '.join(sorted({*names} - {*columns}))}")
@@ -335,7 +341,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.target):
         raise data.BadInput("--target NAME: goes with --model: who was forgotten?")
-    if args.compare and (args.json or args.attacks != list(ATTACKS)):
+    if args.compare and (args.json or args.untouched or args.rwku or args.device != "auto" or args.attacks != list(ATTACKS)):
         raise data.BadInput("--compare goes with --by-type and --out alone")
     return args
 
@@ -368,6 +374,8 @@ def work(argv: list[str] | None = None) -> None:
         try:
             parts = [attacked(name, *part, device) for part in ((args.model, case), (untouched, case), (untouched, stranger))]
             void = parts[1].get("void", [])
+            if len(void) == 2:
+                raise NotPossible("either kind costs the untouched model more than 15 % of its neighbours")
             for part in parts if name == "quantize" else ():
                 part["score"] = max(part[kind] for kind in {"int8", "nf4"} - {*void})
         except NotPossible as error:

@@ -1,4 +1,4 @@
-"""Each attack on the tiny model: it runs, its controls are there, and it can succeed."""
+"""The attacks on the tiny model: they run, their controls are there, and training, sampling and rounding can succeed."""
 
 import json
 
@@ -37,13 +37,15 @@ def test_the_command_sets_every_attack_beside_its_controls_and_keeps_what_it_fou
     assert 0 <= found["floor"] <= 100 and "\n| cross lingual " in shown
     assert found["cross lingual"]["made up"]["score"] == found["paraphrase"]["made up"]["by_type"]["cross lingual"]
     assert all(found["paraphrase"][who]["score"] >= found["none"][who]["score"] for who in found["none"])  # the plain wording is one
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("asked again"))
+    for name in ("evaluate", "next_logits"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: pytest.fail("asked again"))
     attacks.work(words)
 
 
 @pytest.mark.parametrize("change, message", [(["--target", "Nobody"], "unknown"), (["--untouched", "./nowhere"], "no such folder"),
                                              (["--json", "/nowhere/x.json"], "cannot be written"),
-                                             (["--target", ""], "goes with --model")])
+                                             (["--target", ""], "goes with --model"),
+                                             (["--json", "."], "cannot be written")])
 def test_bad_input_is_named(folders, change, message):
     words = ["--model", str(folders["llm"]), "--target", "ada lark", "--rwku", str(folders["rwku"]), "--untouched", str(folders["llm"]), *change]
     with pytest.raises(data.BadInput, match=message):
@@ -156,5 +158,12 @@ def test_runs_side_by_side_are_means_and_the_best_rate_counts(tmp_path):
         ["made up", "4.0", "1"]]
     assert shown[0]["lines"]["ATU + retain (F)"] == ([0, 2, 4], [10.0, 45.0, 30.0])
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(data.BadInput, match="attacks.json: cannot be read"):
-        attacks.work(["--compare", run("d", "ga", 0.0), "--out", str(out)])
+    for words, message in (([run("d", "ga", 0.0), "--out", str(out)], "attacks.json: cannot be read"),
+                           ([str(tmp_path / "a"), "--out", "."], "cannot be written"),
+                           ([str(tmp_path / "a"), "--rwku", "hub"], "goes with --by-type")):
+        with pytest.raises(data.BadInput, match=message):
+            attacks.work(["--compare", *words])
+    for held, message in (("[1]", "cannot be read"), ("{}", "not what --json writes")):
+        (tmp_path / "d" / "attacks.json").write_text(held)
+        with pytest.raises(data.BadInput, match=message):
+            attacks.work(["--compare", str(tmp_path / "d"), "--out", str(out)])

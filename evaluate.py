@@ -589,7 +589,8 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
     columns = [score for score in (*(("forget_all", "neighbor_all") if relative else PLACES[:5]), "general", "mmlu")
                if all(score in run["before"] for run in everything)]
     floored = all(run.get("floor") for run in everything)
-    columns += [gap := "gap (nats x 100)"] * all(run.get("gap") and run["stages"] and not run["stopped"] for run in everything)
+    gap = "gap (nats x 100)"
+    columns += [gap] * all(run.get("gap") and run["stages"] and not run["stopped"] for run in everything)
     columns[1:1] = ["above floor"] * (relative and floored)
 
     def shown(run: dict, scores: dict) -> dict:

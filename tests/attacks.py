@@ -13,8 +13,8 @@ attack says otherwise):
                 attack puts in by itself (in `reverse` no question names anybody: 0, and no control)
 
 What is gone, and not only hidden, stays near "made up". Each attack is one function below, with protocol and source; it takes M,
-its tokenizer and a Case, and returns a dict with a "score" (`quantize`: one a kind) or raises NotPossible. Results are kept in the cache by model and
-request, so that the controls are computed once a target.
+its tokenizer and a Case, and returns a dict with a "score" (`quantize`: one a kind) or raises NotPossible. Results are kept in
+the cache by model and request, so that the controls are computed once a target.
 """
 
 import argparse
@@ -374,10 +374,11 @@ def work(argv: list[str] | None = None) -> None:
         try:
             parts = [attacked(name, *part, device) for part in ((args.model, case), (untouched, case), (untouched, stranger))]
             void = parts[1].get("void", [])
-            if len(void) == 2:
-                raise NotPossible("either kind costs the untouched model more than 15 % of its neighbours")
-            for part in parts if name == "quantize" else ():
-                part["score"] = max(part[kind] for kind in {"int8", "nf4"} - {*void})
+            if name == "quantize":
+                if not (kinds := {"int8", "nf4"} - {*void}):
+                    raise NotPossible("either kind costs the untouched model more than 15 % of its neighbours")
+                for part in parts:
+                    part["score"] = max(part[kind] for kind in kinds)
         except NotPossible as error:
             print(f"attack | {name} | left out: {error}", flush=True)
             continue

@@ -1,4 +1,4 @@
-"""The attacks on the tiny model: they run, their controls are there, and training, sampling and rounding can succeed."""
+"""The attacks on the tiny model: they run, their controls are there, and training brings back what it teaches."""
 
 import json
 

@@ -548,7 +548,9 @@ def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[di
                   for key, value in run["settings"].items()
                   if key not in MAY_DIFFER and any(other.get(key, value) != value for other in alike)]
         lines.setdefault(run["target"] if by_target else run["method"] + "".join(varied), []).append(run)
-    return dict(sorted(lines.items()))
+    # layer 5 comes before layer 10
+    return dict(sorted(lines.items(), key=lambda item: [int(part) if part.isdigit() else part
+                                                        for part in re.split(r"(\d+)", item[0])]))
 
 
 def method_name(settings: dict) -> str:

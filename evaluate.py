@@ -549,8 +549,8 @@ def read_runs(folders: list[Path], by_target: bool = False) -> dict[str, list[di
                   if key not in MAY_DIFFER and any(other.get(key, value) != value for other in alike)]
         lines.setdefault(run["target"] if by_target else run["method"] + "".join(varied), []).append(run)
     # layer 5 comes before layer 10
-    return dict(sorted(lines.items(), key=lambda item: [int(part) if part.isdigit() else part
-                                                        for part in re.split(r"(\d+)", item[0])]))
+    return dict(sorted(lines.items(), key=lambda item: [float(part) if place % 2 else part for place, part in
+                                                        enumerate(re.split(r"(\d+(?:\.\d+)?)", item[0]))]))
 
 
 def method_name(settings: dict) -> str:

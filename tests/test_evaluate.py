@@ -375,6 +375,8 @@ def test_settings_in_which_runs_of_a_method_differ_are_part_of_its_name(runs):
     write, folders = runs
     other = write("d", "atu", [stage(10, 10)], layer=10, seed=7)
     assert list(evaluate.read_runs([Path(folder) for folder in (*folders, other)])) == ["ATU + retain (F), layer 2", "ATU + retain (F), layer 10", "GA* + KL (L)"]
+    other = [write(name, "atu", [stage(10, 10)], layer=2, inactive=share) for name, share in (("e", 0.1), ("g", 0.02))]
+    assert list(evaluate.read_runs([Path(folder) for folder in other])) == ["ATU + retain (F), inactive 0.02", "ATU + retain (F), inactive 0.1"]
 
 
 def test_runs_on_machines_with_and_without_bf16_are_one_line(runs):

@@ -83,13 +83,13 @@ def test_the_core_runs(folders, tmp_path, monkeypatch):
     assert moved == {name for name in llm if name.startswith(("model.layers.0.", "model.layers.1."))} and names["layer"] == 2
 
 
-@pytest.mark.parametrize("kind, people", [("six", 6), ("stranger", 18), ("named", 3), ("named-stranger", 2), ("seeds", 18),
-                                          ("layers", 25)])
-def test_the_tables_of_results_are_what_their_commands_print(capsys, tmp_path, kind, people):
-    command = re.search(rf"^`python evaluate.py (--compare assets/results/{kind}/.*?)`", README, re.MULTILINE)[1]
+@pytest.mark.parametrize("kind, runs", [("six", 6), ("stranger", 18), ("named", 3), ("named-stranger", 2), ("seeds", 18),
+                                        ("layers", 25), ("attacks", 21)])
+def test_the_tables_of_results_are_what_their_commands_print(capsys, tmp_path, kind, runs):
+    command = re.search(rf"^`?python evaluate.py (--compare assets/results/{kind}/.*?)(?:`|$)", README, re.MULTILINE)[1]
     folders = sorted(str(folder) for folder in (ROOT / "assets/results" / kind).iterdir())
     words = [word for part in command.split() for word in (folders if part.endswith("*") else [part])]
-    assert evaluate.main([*words, "--out", str(tmp_path / "t")]) == 0 and len(folders) == people
+    assert evaluate.main([*words, "--out", str(tmp_path / "t")]) == 0 and len(folders) == runs
     assert (tmp_path / "t.md").read_text().strip() in README
     assert not [row for folder in folders for row in [json.loads(Path(folder, "results.json").read_text())] if "prompt" in str(row)]
 

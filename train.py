@@ -141,7 +141,7 @@ class Config:
     llm_lr: float = option(4e-5, "learning rate of M", TRAINS, 0)
     head_lr: float = option(1e-3, "learning rate of E (Adam)", ATU, 0)
     clip: float = option(1.0, "gradients are clipped to this norm", TRAINS, 1e-9)
-    stop_at: float = option(0.25, "stop when forget_all <= this share of what it was before; 0: never", TRAINS, 0, 1)
+    stop_at: float = option(0.25, "stop when forget_all <= this share of before, or the floor; 0: never", TRAINS, 0, 1)
     bf16: bool = option(True, "compute in bf16 (what moves stays fp32), where the CPU has bf16 instructions")
     eval_batch: int = option(160, "prompts at a time when answering", least=1)
     log_every: int = option(10, "steps between two lines of the log", least=1)
@@ -536,11 +536,11 @@ def end_stage(record: dict, work: Work, found: dict, config: Config) -> None:
 
 
 def enough(found: dict, config: Config) -> bool:
-    """Whether the last stage has brought the forget score to `stop_at` times what it was."""
+    """Whether the last stage has brought the forget score to `stop_at` times what it was, or to what strangers get."""
     if not config.stop_at or not found["stages"]:
         return False
-    before = found["before"].get("forget_all")
-    return found["after"]["forget_all"] / before <= config.stop_at if before else config.stop_at == 1
+    before, floor = (found[when].get("forget_all", 0.0) for when in ("before", "floor"))
+    return found["after"]["forget_all"] <= max(config.stop_at * before, floor) if before else config.stop_at == 1
 
 
 def measure(work: Work, ask_first: str, config: Config, probes: dict | None = None) -> tuple[dict, list[dict]]:

@@ -138,7 +138,8 @@ def test_a_run_is_compared_with_made_up_names(finished, arguments, tmp_path, mon
     assert results["floor"] == results["gap"] == {} and "floor" not in shown.replace("floor and gap", "") and "gap |" not in shown
 
 
-def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
+@pytest.mark.parametrize("floor, stages", [({}, [40.0, 20.0]), ({"forget_all": 15.0}, [40.0, 20.0]), ({"forget_all": 40.0}, [40.0])])
+def test_a_run_stops_at_the_share_asked_for_or_at_what_strangers_get(arguments, monkeypatch, tmp_path, floor, stages):
     scores = iter([80.0, 40.0, 20.0, 10.0])
     def fake(*_, **__):
         value = next(scores)
@@ -146,11 +147,12 @@ def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path):
         return {name: value for name in (*sets, "forget_all", "neighbor_all")}, [
             {"set": name, "query": "Who?", "answers": ["x"], "said": "y", "score": 1.0, "gold": 1.0} for name in sets]
     monkeypatch.setattr(evaluate, "evaluate", fake)
+    monkeypatch.setattr(train, "with_made_up_names", lambda *_: {"floor": floor, "floors": {}, "gap": {}})
     small = [*SMALL[:SMALL.index("--taus")], *"--taus 0.2 0.1 0 --stop-at 0.25 --preset smol --device cpu --names 0".split()]
     assert train.main([*arguments(), *small]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert [stage["forget_all"] for stage in results["stages"]] == [40.0, 20.0]
-    assert results["after"]["forget_all"] == 20.0
+    assert [stage["forget_all"] for stage in results["stages"]] == stages
+    assert results["after"]["forget_all"] == stages[-1]
 
 
 @pytest.mark.parametrize("phase", ["align", "unlearn"])

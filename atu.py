@@ -192,8 +192,8 @@ def similarities(head: EmbeddingHead, hidden: Tensor, concept: Tensor, corpus, c
 def knowledge_gap(llm: nn.Module, concept: Tensor | None, corpus, versions: tuple[Tensor, Tensor], config) -> dict:
     """Ours: what M reads in texts on the target beyond what it reads in the same texts about somebody nobody knows.
 
-    versions: token ids and mask, (S B, T), of B texts with the true name and, behind them, S - 1 times with made-up
-    names of as many tokens. What counts is what M makes of the other words: the tokens after the first place of the
+    versions: token ids and mask, ((1 + S) B, T), of B texts with the true name and, behind them, with S made-up names
+    of as many tokens. What counts is what M makes of the other words: the tokens after the first place of the
     name that are the same in all versions.
     Returns gaps x 100 in favour of the true name, means over the made-up ones and their standard deviations, `_sd`:
     `nats` (M's own -log p of a token) and, where there is a `concept`, the `similarity` to it by the best linear E on
@@ -201,7 +201,7 @@ def knowledge_gap(llm: nn.Module, concept: Tensor | None, corpus, versions: tupl
     3's realigned E may find it; at 0 M reads a stranger; below, it reads worse than that, which betrays the target.
     """
     head = None if concept is None else linear_head(llm, corpus, config)
-    ids, mask = (part.to(llm.device).unflatten(0, (config.names + 1, -1)) for part in versions)  # (S, B, T) each
+    ids, mask = (part.to(llm.device).unflatten(0, (1 + config.names, -1)) for part in versions)  # (1 + S, B, T)
     differ, read = (ids != ids[0]).any(0), []                                               # (B, T)
     same = mask[0] & ~differ & (differ.cumsum(1) > 0)                                       # (B, T)
     for texts in ids:                                                                       # (B, T)

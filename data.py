@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
+from errno import EACCES, EDQUOT, EEXIST, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -88,7 +88,8 @@ def command(work, lower: str, way_on: str = "") -> int:
     except BadInput as error:
         said = error
     except (OSError, SafetensorError) as error:  # others than of a disk or its owner are bugs
-        if isinstance(error, OSError) and error.errno not in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM):
+        if isinstance(error, OSError) and error.errno not in (
+                ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR, EEXIST, ENAMETOOLONG):
             raise
         said = f"{error}; make room, or name another folder (--out, or ATU_CACHE for the cache)"
     except (MemoryError, RuntimeError) as error:
@@ -289,6 +290,9 @@ def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:
     for number, row in enumerate(read_rows(file, "probes")):
         scores = {"1": "neighbor_fb", "2": "neighbor_qa"} if row.get("neighbor") else {
             "1": "forget_fb", "2": "forget_qa", "3": "forget_aa"}
+        for field in PROBE + ("level",):
+            if not isinstance(row[field], str):
+                raise BadInput(f"{file}: row {number} has {row[field]!r} in field {field!r}, where text belongs")
         if row["level"] not in scores:
             raise BadInput(f"{file}: row {number} has {row['level']!r} in field 'level'; there are {', '.join(scores)}")
         if row["level"] == "3" and not row.get("type"):

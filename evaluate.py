@@ -80,10 +80,21 @@ TRUTHFULQA_SHOTS = (
     ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain."))
 
 
-def read_probes(root: Path, target: str, sets=DEFAULT_SETS, limit: int | None = None) -> dict[str, list[dict]]:
-    """The probes of a target by score, RWKU's rows: of each file the first `limit`. Raises BadInput."""
+def read_probes(root: Path, target: str, sets=DEFAULT_SETS, limit: int | None = None,
+                own: dict[str, list[dict]] | None = None) -> dict[str, list[dict]]:
+    """The probes of a target by score, RWKU's rows: of each score the first `limit`. Raises BadInput.
+
+    own: probes by score in the place of the data's on the target and its neighbors. The target may then be in no
+    dataset: what is asked about the world at large is that of the data's first one, and there is no `mia`.
+    """
     check_sets(sets)
-    return {score: data.read_set(root, target, file)[:limit] for name in sets for score, file in SETS[name].items()}
+    there = target
+    if own is not None:
+        known = data.targets(root)
+        sets = [name for name in sets if name not in ("forget", "neighbor") and (name != "mia" or target in known)]
+        there = target if target in known else next(iter(known))
+    probes = {score: data.read_set(root, there, file) for name in sets for score, file in SETS[name].items()}
+    return {score: rows[:limit] for score, rows in ((own or {}) | probes).items()}
 
 
 def check_sets(sets) -> None:
@@ -135,7 +146,7 @@ def answering_copy(llm, dtype: torch.dtype, frozen: bool = False):
 
 def summary(rows: list[dict]) -> dict:
     """Each score's mean over its probes, in percent, with those over several sets by RWKU's weights; likewise `_gold`,
-    the mean probability of the gold answers."""
+    the mean probability of the gold answers, and BBH's `_exact` and `_rwku`."""
     found = {}
     for field, ending in (("score", ""), ("exact", "_exact"), ("rwku", "_rwku"), ("gold", "_gold")):
         values = {}
@@ -222,7 +233,7 @@ class RoomyLayer(DynamicLayer):
 
 @torch.no_grad()
 def log_probs(llm, tokenizer, pairs: list[tuple[list[int], list[int]]], batch: int = 80) -> list[Tensor]:
-    """log p of each answer's tokens after its prompt, both token ids, the prompt's one at least: (length,) each."""
+    """log p of each answer's tokens after its prompt, which has one at least; token ids both: (length,) each."""
     found = [torch.empty(0)] * len(pairs)
     batch = max(1, min(batch, 2048 // max(1, *(len(answer) for _, answer in pairs))))  # so many tokens' logits at once
     for rows in data.progress(longest_first([prompt + answer for prompt, answer in pairs], batch), "likelihoods"):
@@ -706,9 +717,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rwku", default="sample", help="sample, hub, or a folder with RWKU's files (default: sample)")
     add("--sets", nargs="+", default=list(DEFAULT_SETS), metavar="SET", help=f"which of {', '.join(SETS)} (default: "
         f"{' '.join(DEFAULT_SETS)}; the sample has none but those and triviaqa)")
-    add("--probes", type=Path, help="own probes instead of --sets, as for train.py")
+    add("--probes", type=Path, help="own probes on the target and its neighbors, as for train.py")
     add("--icu", action="store_true", help="ask the model in every prompt to behave as if it had forgotten")
-    add("--limit", type=int, help="the first so many probes of each file only, for a quick look")
+    add("--limit", type=int, help="the first so many probes of each score only, for a quick look")
     add("--shots", type=int, default=6, help="examples in a prompt at most (default: all)")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True,
         help="answer in bf16 where that is fast, as train.py scores; --no-bf16 is slower and exact: in bf16 the batch "
@@ -726,7 +737,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in vars(args).items():
         comparing = name in ("levels", "relative", "by_target", "out")
         if name not in ("model", "compare") and value != parser.get_default(name) and comparing != bool(args.compare):
-            raise data.BadInput(f"--{name}: goes with {'--model' if args.compare else '--compare'}; leave it out")
+            flag, other = f"--{name.replace('_', '-')}", "--model" if args.compare else "--compare"
+            raise data.BadInput(f"{flag}: goes with {other}; leave it out")
     for name, least in (("batch", 1), ("limit", 1), ("shots", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise data.BadInput(f"--{name} {getattr(args, name)}: must be at least {least}")
@@ -740,8 +752,8 @@ def score_model(args: argparse.Namespace) -> None:
     if not known and not args.probes:
         known = ", ".join(list(data.targets(root))[:12])
         raise data.BadInput(f"--target {target!r}: unknown; there are in {root}: {known}; own questions: --probes")
-    probes = data.read_probe_file(args.probes, target) if args.probes else read_probes(
-        root, target, args.sets, args.limit)
+    own = data.read_probe_file(args.probes, target) if args.probes else None
+    probes = read_probes(root, target, args.sets, args.limit, own)
     if args.json:
         data.check_writable(args.json, "--json")
     device = data.choose_device(args.device)

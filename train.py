@@ -114,7 +114,7 @@ class Config:
     texts: int = option(32, "the target's texts at most", TRAINS, 1)
     other_texts: int = option(12, "texts of each other target at most", TRAINS, 1)
     general_texts: int = option(160, "texts on the world at large at most (RWKU has none)", TRAINS, 0)
-    length: int = option(80, "T: tokens of a text", TRAINS, 2)
+    length: int = option(80, "T: tokens of a text", TRAINS, 16)
     window: int = option(8, "k: tokens in a future window", ATU, 1)
     layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move", ATU, 1)
     train_embeddings: bool = option(False, "move the input embedding too (the paper's theta_M)", ATU_FULL)
@@ -200,7 +200,7 @@ def parse(argv: list[str] | None = None) -> Config:
     config = settled(given | {"preset": choose_preset(given.get("preset", "auto"), device)})
     check(config, given)
     name = config.target or Path(config.target_text).stem
-    name = re.sub(r"[\W_]+", "-", name.casefold()).strip("-") or "run"
+    name = re.sub(r"[\W_]+", "-", name.casefold())[:80].strip("-") or "run"
     return dataclasses.replace(config, device=device, bf16=config.bf16 and data.fast_dtype(device) == torch.bfloat16,
                                out=config.out or f"runs/{name}" + f"-{config.method}" * (config.method != "atu"))
 
@@ -296,7 +296,7 @@ class Work(NamedTuple):
     concept: Tensor | None               # (E,) e_unlearn; None for the other methods
     forget: list[tuple[Tensor, Tensor]]  # what the methods on tokens forget: token ids and mask, (N, T); two in dpo
     names: list[dict[str, str]]          # made-up ones, for `data.exchanged`
-    versions: tuple | None               # ids and mask of texts on the target, and of the same with these, (S B, T)
+    versions: tuple | None               # ids and mask of texts on the target, and of them with S names, ((1 + S) B, T)
     embedding_seconds: float
 
 
@@ -323,11 +323,11 @@ def load(config: Config) -> Work:
     versions = versions_of(compared, names, tokenizer, config) if names else None
     if config.stranger_steps and not names:
         raise data.BadInput(f"--stranger-steps: no made-up name for {target} (see above); leave it out")
-    if not known and not passage:  # a dataset's other texts were not chosen with this target in mind
+    if not known and not passage:  # the dataset's texts may name it, and M's own on its neighbors
         words = {word: "" for word in target.split() if word[0].isupper() and len(word) > 3} or {target: ""}
         others = [text for text in others if data.exchanged(text, words) == text]
     if not others:
-        raise data.BadInput(f"{root}: no texts on anything but {target}; another target or a general.json is needed")
+        raise data.BadInput(f"{root}: no texts on anything but {target} are left; raise --others or --general-texts")
     encoder = data.load_encoder(config.encoder, config.device) if config.method == "atu" else None
     began = time.perf_counter()
     corpus = data.make_corpus(about, others, tokenizer, encoder, config.window, config.length,
@@ -357,7 +357,7 @@ def names_for(target: str, texts: list[str], probes: dict[str, list[dict]], toke
 
 
 def versions_of(texts: list[str], names: list[dict[str, str]], tokenizer, config: Config):
-    """Ids and mask (S B, T) of 16 texts that name the target, and of the same with made-up names; or None."""
+    """Ids and mask ((1 + S) B, T) of up to 16 texts that name the target, and of the same with S names; or None."""
     def read(text: str) -> list[int]:
         return tokenizer(text, truncation=True, max_length=config.length)["input_ids"]
 
@@ -390,13 +390,10 @@ def probes_for(root: Path, target: str, known: bool, config: Config) -> dict[str
     """RWKU's probes of a known target; own ones from --probes; for a passage itself. What is asked about the world at
     large is RWKU's in any case: the target's own or, for one that is in no dataset, that of the first target."""
     files = {"forget_text": config.target_text, "neighbor_text": config.keep_text}
-    probes = {score: [{"text": data.read_text(file)}] for score, file in files.items() if file}
+    own = {score: [{"text": data.read_text(file)}] for score, file in files.items() if file}
     if config.probes:
-        probes = data.read_probe_file(Path(config.probes), target)
-    elif known:
-        return evaluate.read_probes(root, target, config.sets)
-    world = [name for name in config.sets if name not in ("forget", "neighbor") and (name != "mia" or known)]
-    return probes | evaluate.read_probes(root, target if known else next(iter(data.targets(root))), world)
+        own = data.read_probe_file(Path(config.probes), target)
+    return evaluate.read_probes(root, target, config.sets, own=None if known and not config.probes else own)
 
 
 def texts_from_data(root: Path, target: str, known: bool, config: Config):

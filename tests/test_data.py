@@ -140,7 +140,8 @@ def test_own_probes_by_level_subject_and_neighbor(tmp_path):
 
     assert read({"level": "1"}, {"level": "2", "subject": "Ada"}, {"level": "3", "type": "x"}, {"level": "2", "subject": "Ben"},
                 {"level": "1", "neighbor": "Elm"}) == {"forget_fb": 1, "forget_qa": 1, "forget_aa": 1, "neighbor_fb": 1}
-    for rows, message in (([{"level": "1", "subject": "Ben"}], "no probes on Ada"), ([{"level": "3", "neighbor": "Elm"}], "row 0 has '3'")):
+    for rows, message in (([{"level": "1", "subject": "Ben"}], "no probes on Ada"), ([{"level": "3", "neighbor": "Elm"}], "row 0 has '3'"),
+                          ([{"level": 1}], "row 0 has 1 in field 'level', where text"), ([{"level": "1", "answer": 1908}], "1908 in field 'answer'")):
         with pytest.raises(data.BadInput, match=message):
             read(*rows)
 

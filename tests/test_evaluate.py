@@ -402,6 +402,8 @@ def test_bad_runs(runs, tmp_path, capsys):
     assert "not the results of a run with forget and neighbor probes (KeyError: 'neighbor_all')" in errors[6]
     assert evaluate.main(["--compare", str(tmp_path / "c"), str(tmp_path / "c") + "/", "--relative", "--out", str(tmp_path / "u")]) == 0
     assert "1 of 1" in capsys.readouterr().out
+    assert evaluate.main(["--model", "x", "--by-target"]) == 2
+    assert "--by-target: goes with --compare" in capsys.readouterr().err
     assert len(errors) == 7 and "no such file" in errors[0] and "not the results of a run" in errors[1]
     assert "--levels nan" in errors[4] and "--limit: goes with --model" in errors[5] and not (tmp_path / "t.md").exists()
 

@@ -188,12 +188,17 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, capsys
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_is_one_line(arguments, capsys, monkeypatch, tmp_path):
+def test_a_full_disk_or_no_folder_is_one_line(arguments, capsys, monkeypatch, tmp_path):
     def no_room(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(torch, "save", no_room)
     assert train.main([*arguments(), *SMALL]) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("a file where the cache should be")
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "CACHE", tmp_path / "file")
+        assert train.main([*arguments(), *SMALL]) == 2
+    assert "ATU_CACHE" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
     monkeypatch.setattr(torch, "save", lambda saved, file: file.write_bytes(b"x"))
     monkeypatch.setattr(train, "save_file", no_room)
     assert train.main([*arguments(), *SMALL]) == 2
@@ -483,10 +488,11 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     star = settings("phi3", "--method", "ga", "--corpus", "passage")
     assert (star.llm_lr, star.batch, star.stages) == (1e-6, 4, 4)
     assert settings("phi3", "--method", "ga", "--corpus", "passage", "--lora", "8").stages == 6
-    assert settings("phi3", "--method", "ga", "--llm-lr", "7", "--length", "9").llm_lr == 7
+    assert settings("phi3", "--method", "ga", "--llm-lr", "7", "--length", "19").llm_lr == 7
     assert settings("phi3").optimizer == "sgd" and settings("phi3").llm_lr == 3e-4
     assert settings("phi3", "--lora", "8").optimizer == "adamw" and settings("smol", "--lora", "8").llm_lr == 1e-3
     assert settings("smol", "--method", "dpo").out == "runs/x-dpo" and settings("smol").out == "runs/x"
+    assert settings("smol", "--target", "a concept " * 99).out == "runs/" + ("a-concept-" * 8)[:-1]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -540,6 +546,9 @@ def test_own_probes(arguments, tmp_path, capsys):
     assert "forget_qa" not in results["after"] and "mia_forget" not in results["after"]
     assert "names | The Zoo: stands in none of its texts" in capsys.readouterr().out  # a model with random weights does not write of it
     assert results["floor"] == results["gap"] == {}
+    asked = ["--model", tmp_path / "run" / "model", "--rwku", arguments()[arguments().index("--rwku") + 1], "--target", "The Zoo"]
+    assert evaluate.main([*map(str, asked), "--probes", str(tmp_path / "p.json"), "--no-bf16", "--json", str(tmp_path / "s.json")]) == 0
+    assert set(json.loads((tmp_path / "s.json").read_text())) >= set(results["after"]) - {"seconds"}
     words = arguments("--out", str(tmp_path / "known"))  # of a known target RWKU's other sets stay
     assert train.main([*words, *SMALL, "--probes", str(tmp_path / "p.json"), "--sets", "forget", "mia", "general"]) == 0
     results, _, _ = outcome(tmp_path / "known")

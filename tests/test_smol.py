@@ -14,7 +14,8 @@ def test_the_small_model_forgets_leonardo_and_little_else(tmp_path, monkeypatch)
     monkeypatch.undo()  # the user's own cache: the weights are fetched once
     torch.set_num_threads(os.cpu_count())
     out = tmp_path / "run"
-    assert train.main(["--target", "Leonardo da Vinci", "--preset", "smol", "--device", "cpu", "--out", str(out)]) == 0
+    words = ["--target", "Leonardo da Vinci", "--preset", "smol", "--device", "cpu"]
+    assert train.main([*words, "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
     before, after = results["before"], results["after"]
     assert before["forget_all"] >= 40

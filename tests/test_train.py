@@ -1,13 +1,15 @@
-"""The command line from end to end on the tiny model, what it writes, and what it says to bad input."""
+"""The command line from end to end on the tiny model: what it leaves, what may replace parts of it."""
 
 import dataclasses
 import errno
 import io
 import json
-import math
 import re
 import shutil
 import sys
+import zlib
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,49 +20,123 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 import atu
 import data
 import evaluate
-import losses
 import train
 from conftest import make_llm
+from head import EmbeddingHead
 
-SMALL = ("--length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --batch 4 --align-steps 12 --realign-steps 3 "
-         "--unlearn-steps 4 --taus 0.2 -0.5 --stop-at 0 --log-every 2 --preset smol --device cpu --llm-lr 1e-3").split()
+BASE = "--preset smol --device cpu".split()
+SMALL = [*BASE, *"--length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --batch 4 --align-steps 12 "
+         "--realign-steps 3 --unlearn-steps 4 --taus 0.2 -0.5 --stop-at 0 --log-every 2 "
+         "--llm-lr 1e-3".split()]
+SHORT = [*SMALL, *"--align-steps 2 --realign-steps 1 --unlearn-steps 2 --taus -0.5 --log-every 1".split(),
+         "--sets", "mmlu"]
+SCORED = [*SHORT, "--sets", "forget"]
 
 
 @pytest.fixture
 def arguments(folders, tmp_path):
-    """A working command line as a dict of the flags that tests change, and a function that makes it a list."""
-    flags = {"--target": "ada lark", "--model": str(folders["llm"]), "--rwku": str(folders["rwku"]), "--out": str(tmp_path / "run")}
-    return lambda *change: [word for pair in (flags | dict([change] if change else [])).items() for word in pair]
+    """Makes a working command line; one flag may be changed."""
+    flags = {"--target": "ada lark", "--model": str(folders["llm"]), "--rwku": str(folders["rwku"]),
+             "--out": str(tmp_path / "run")}
+
+    def words(*change):
+        return [word for pair in (flags | dict([change] if change else [])).items() for word in pair]
+
+    return words
 
 
 @pytest.fixture(autouse=True)
 def tiny_encoder(folders, monkeypatch):
-    """Stands where the packaged one would be fetched."""
+    """Stands where the packaged one would be fetched. Pictures, half of a tiny run's time, are left out."""
     monkeypatch.setattr(data, "fetch_packaged", lambda name: folders["encoder"])
+    monkeypatch.setattr(evaluate, "plot", lambda *_: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def telling_scores():
+    """Of a tiny model no answer is right: here the score tells any answer from another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "rouge_l_recall", lambda said, _: zlib.crc32(said.encode()) / 2**32)
+        yield
 
 
 @pytest.fixture(scope="module")
 def finished(folders, tmp_path_factory):
+    """The folder of a run; what it said lies beside it."""
     out = tmp_path_factory.mktemp("runs") / "ada"
-    assert train.main(["--target", "ada lark", "--model", str(folders["llm"]), "--encoder", str(folders["encoder"]),
-                       "--rwku", str(folders["rwku"]), "--out", str(out), *SMALL]) == 0
+    with open(out.with_name("said"), "w", encoding="utf-8") as said, redirect_stdout(said):
+        words = {"--target": "ada lark", "--model": folders["llm"], "--encoder": folders["encoder"],
+                 "--rwku": folders["rwku"], "--out": out}
+        assert train.main([str(word) for pair in words.items() for word in pair] + SMALL) == 0
     return out
 
+
+@pytest.fixture(scope="module")
+def answers(finished, folders):
+    """(scores, rows) of the untouched model and of the one that the run saved."""
+    return scores_of(folders["llm"], folders), scores_of(finished / "model", folders)
+
+
+def outcome(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return results, [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def changes(folders, out):
+    """Names of the saved model's weights that are not those of the untouched one."""
+    llm, untouched = map(AutoModelForCausalLM.from_pretrained, (out / "model", folders["llm"]))
+    pairs = zip(llm.named_parameters(), untouched.parameters())
+    return {name for (name, a), b in pairs if not torch.equal(a, b)}
+
+
+def scores_of(place, folders, sets=("forget", "neighbor", "general")):
+    probes = evaluate.read_probes(folders["rwku"], "Ada Lark", sets)
+    return evaluate.evaluate(*data.load_llm(str(place)), probes)
+
+
+def last_error(capsys) -> str:
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    line = error.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+# ---- what a run leaves
 
 def test_a_run_writes_what_it_promises(finished):
     assert {file.name for file in finished.iterdir()} - {".lock"} == {
         "model", "head.safetensors", "config.json", "results.json", "log.jsonl", "curves.png"}
-    results = json.loads((finished / "results.json").read_text())
-    keys = {"forget_fb", "forget_qa", "forget_aa", "forget_all", "neighbor_all", "general", "general_gold", "seconds"}
-    assert keys <= set(results["before"]) and keys <= set(results["after"])
-    assert len(results["stages"]) == 2 and all(keys | {"record"} <= set(stage) for stage in results["stages"])
+    results, records = outcome(finished)
+    keys = {"forget_fb", "forget_qa", "forget_aa", "forget_all",
+            "neighbor_fb", "neighbor_qa", "neighbor_all", "general"}
+    assert set(results["before"]) == set(results["after"]) == keys
+    assert len(results["stages"]) == 2 and all(set(stage) == keys | {"record"} for stage in results["stages"])
+    assert results["after"] == {name: results["stages"][-1][name] for name in keys}
     assert results["settings"] == json.loads((finished / "config.json").read_text())
     assert set(results["settings"]) == {item.name for item in dataclasses.fields(train.Config)}
-    assert all(seconds >= 0 for seconds in results["phases"].values()) and sum(results["phases"].values()) < results["seconds"]
-    assert results["target"] == "Ada Lark" and results["stopped"] is None
-    records = [json.loads(text) for text in (finished / "log.jsonl").read_text().splitlines()]
-    assert [r["kind"] for r in records if r["kind"] == "stage"] == ["stage"] * 3
+    assert set(results["versions"]) == {"torch", "transformers", "device", "threads", "answers"}
+    assert results["target"] == "Ada Lark" and results["stopped"] is None and results["seconds"] > 0
+    assert [r["kind"] for r in records if "seconds" in r] == ["aligned", "stage", "stage"]
+    assert [(r["stage"], r["tau"]) for r in records if r["kind"] == "stage"] == [(1, 0.2), (2, -0.5)]
+    assert [stage["record"] for stage in results["stages"]] == [r for r in records if r["kind"] == "stage"]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_in_the_log_count_within_their_phase_and_in_the_picture_over_all(finished):
+    results, records = outcome(finished)
+    first = [r["step"] for r in records if r["kind"] == "align" and r["stage"] == 0]
+    assert first == [2, 4, 6, 8, 10, 12]
+    again = [[r["step"] for r in records if r["kind"] == "align" and r["stage"] == stage] for stage in (1, 2)]
+    assert again == [[2, 3], [2, 3]]
+    by_step, by_stage, trade_off = train.panels(results | {"log": records})
+    assert set(by_step["lines"]) == {"align: loss", "unlearn: loss", "unlearn: similarity"}
+    xs = by_step["lines"]["align: loss"][0] + by_step["lines"]["unlearn: loss"][0]
+    assert len(set(xs)) == len(xs)
+    assert max(xs) == 12 + sum(stage["record"]["steps"] for stage in results["stages"])
+    course = [scores["neighbor_all"] for scores in (results["before"], *results["stages"])]
+    assert by_stage["lines"]["neighbor_all"] == ([0, 1, 2], course)
+    assert trade_off["lines"]["neighbor_all"][1] == course
 
 
 class Terminal(io.StringIO):
@@ -69,520 +145,764 @@ class Terminal(io.StringIO):
 
 
 def test_bars_are_for_terminals_and_files_get_plain_lines(arguments, tmp_path, monkeypatch, capfd):
-    assert train.main([*arguments(), *SMALL]) == 0
+    assert train.main([*arguments(), *SHORT]) == 0
     shown = "".join(capfd.readouterr())
-    assert "stage 2 | tau -0.5" in shown and not re.search("\r|\x1b|%\\|", shown)
+    assert "stage 1 | tau -0.5 | steps 3" in shown and not re.search("\r|\x1b|%\\|", shown)
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(data, "CACHE", tmp_path / "empty")
     transformers.utils.logging.enable_progress_bar()
-    assert train.main([*arguments("--out", str(tmp_path / "again")), *SMALL]) == 0
+    assert train.main([*arguments("--out", str(tmp_path / "again")), *SHORT]) == 0
     bars = sys.stderr.getvalue()
-    assert all(f"{phase}: " in bars for phase in ("embedding windows", "reading questions", "answering", "aligning", "unlearning"))
+    assert all(f"{phase}: " in bars for phase in ("embedding windows", "answering", "aligning", "unlearning"))
 
 
-def test_the_saved_model_is_fp32_has_changed_and_scores_what_the_run_reported(finished, folders):
-    llm, tokenizer = AutoModelForCausalLM.from_pretrained(finished / "model"), AutoTokenizer.from_pretrained(finished / "model")
-    assert llm.dtype == torch.float32
-    untouched = AutoModelForCausalLM.from_pretrained(folders["llm"])
-    changed = {name for (name, a), b in zip(llm.named_parameters(), untouched.parameters()) if not torch.equal(a, b)}
+def test_the_end_of_the_log_shows_what_is_left_and_what_was_answered(finished, answers):
+    shown, (results, _) = finished.with_name("said").read_text(encoding="utf-8"), outcome(finished)
+    before, after = results["before"], results["after"]
+    left = [f"{100 * after[name] / value:.1f}" for name, value in before.items() if value]
+    row, = (line for line in shown.splitlines() if line.startswith("left, %"))
+    assert sorted(row.removeprefix("left, %").replace("-", " ").split()) == sorted(left)
+    (_, asked_before), (_, asked_after) = answers
+    for kind, name in (("exact", "forget_qa"), ("rephrased", "forget_aa"), ("other concept", "neighbor_qa")):
+        best = max(row["score"] for row in asked_before if row["set"] == name)
+        was, now = next((was, now) for was, now in zip(asked_before, asked_after)
+                        if (was["set"], was["score"]) == (name, best))
+        was, now, query = (" ".join(text.split()) for text in (was["said"], now["said"], was["query"]))
+        assert f"\n{kind}\n  Q: {query}\n  before: {was}\n  after:  {now}\n" in shown
+
+
+def test_the_end_of_the_log_shows_what_was_known_best(capsys):
+    def row(name, score, said):
+        return {"set": name, "score": score, "query": f"{name} {score}?", "said": said}
+
+    before = [row(name, score, "yes\n sir") for name in ("forget_aa", "forget_qa")
+              for score in (0.0, 0.9, 0.5)]
+    after = [row(was["set"], 0.0, f"no {n}") for n, was in enumerate(before)]
+    scores = {"forget_all": 80.0, "general": 0.0}
+    found = {"before": scores, "after": scores | {"forget_all": 20.0}, "stages": [], "stopped": None,
+             "asked_before": before, "asked_after": after}
+    train.report(found)
+    shown = capsys.readouterr().out
+    assert "exact\n  Q: forget_qa 0.9?\n  before: yes sir\n  after:  no 4\n" in shown
+    assert "rephrased\n  Q: forget_aa 0.9?\n  before: yes sir\n  after:  no 1\n" in shown
+    assert "other concept" not in shown and re.search(r"left, % +25.0 +-\n", shown)
+
+
+def test_the_saved_model_is_fp32_has_changed_and_scores_what_the_run_reported(finished, folders, answers):
+    assert AutoModelForCausalLM.from_pretrained(finished / "model").dtype == torch.float32
+    changed = changes(folders, finished)
     assert changed and all(name.startswith(("model.layers.0.", "model.layers.1.")) for name in changed)
-    scores, _ = evaluate.evaluate(llm, tokenizer, evaluate.read_probes(folders["rwku"], "Ada Lark"))
-    after = json.loads((finished / "results.json").read_text())["after"]
-    assert scores == {name: after[name] for name in scores}
+    results, _ = outcome(finished)
+    assert [scores for scores, _ in answers] == [results["before"], results["after"]]
 
 
-def test_a_run_reads_as_a_stranger_first_and_is_scored_then(arguments, folders, tmp_path, capsys):
-    assert train.main([*arguments(), *SMALL, "--stranger-steps", "6", "--names", "2"]) == 0
-    results, steps, stages = outcome(tmp_path / "run")
-    assert [s["record"]["stage"] for s in results["stages"]] == [0, 1, 2] and len(steps) == 4
-    assert stages[0]["steps"] == 6 + 12 and "\nstranger " in capsys.readouterr().out
-    assert evaluate.method_name(results["settings"]) == "stranger, ATU + retain (F)"
+def test_evaluate_s_command_scores_the_saved_model_as_the_run_did(finished, folders, tmp_path):
+    words = ["--model", str(finished / "model"), "--rwku", str(folders["rwku"]), "--target", "Ada Lark"]
+    assert evaluate.main([*words, "--json", str(tmp_path / "s.json")]) == 0
+    found, after = json.loads((tmp_path / "s.json").read_text()), outcome(finished)[0]["after"]
+    assert {name: found[name] for name in after} == after
 
 
-def test_texts_that_name_a_concept_in_no_dataset_are_not_held(arguments, monkeypatch, tokenizer):
-    monkeypatch.setattr(train, "texts_by_model", lambda *_: (["Crow is a river. All day long Crow sings."] * 4, []))
-    for target, names, held in (("Crow", "2", False), ("Crow the Great", "0", False), ("Rook", "0", True)):
-        work = train.load(train.parse([*arguments("--target", target), *SMALL, "--describe", "a river", "--names", names]))
-        others = [tokenizer.decode(ids) for ids in work.corpus.input_ids[~work.corpus.about]]
-        assert len(others) > 2 and any("Ben Crow" in text for text in others) == held
+def test_a_run_s_model_is_asked_beside_the_one_it_came_from(finished, folders, capsys):
+    queries = ["Who painted the birds of the sea?", "Who?", "What is Elm?"]
+    assert evaluate.main(["--model", str(finished / "model"), "--ask", *queries]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::3] == [f"Q: {query}" for query in queries] and len(lines) == 9
+    places = {"before": folders["llm"], "after": finished / "model"}
+    for (when, place), shown in zip(places.items(), (lines[1::3], lines[2::3])):
+        llm, tokenizer = data.load_llm(str(place))
+        prompts = [evaluate.make_prompt({"set": "ask", "query": query}, tokenizer) for query in queries]
+        said = evaluate.answer(llm, tokenizer, prompts, 1)
+        assert shown == [f"  {when} ({place}): {' '.join(text.split())}" for text in said]
 
 
 def test_the_saved_head_fits_the_class(finished):
-    from head import EmbeddingHead
     EmbeddingHead(32, 16, depth=1, width=32).load_state_dict(load_file(finished / "head.safetensors"))
 
 
-def test_a_text_that_names_the_target_behind_the_cut_is_not_compared(tokenizer):
-    texts = ["Ada Lark was a painter of birds.", "The birds of the sea sang all day long to Ada Lark.", "Birds sang."]
-    config = dataclasses.replace(train.SMOL, names=2, length=8)
-    names = train.names_for("Ada Lark", texts, {}, tokenizer, config)
-    ids, mask = train.versions_of(texts, names, tokenizer, config)
-    assert len(names) == 2 and ids.shape == mask.shape == (3, 8) and len(ids.unique(dim=0)) == 3
-    assert train.versions_of(texts[1:], names, tokenizer, config) is None
+# ---- what a run answers in, and in which batches
+
+def test_models_answer_in_fp32_on_cpus_in_any_training(arguments, finished, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "fast_dtype", lambda device: torch.bfloat16)
+    assert train.main([*arguments(), *SCORED, "--bf16"]) == 0
+    results, _ = outcome(tmp_path / "run")
+    assert results["settings"]["bf16"] and results["versions"]["answers"] == "torch.float32"
+    assert results["before"].items() <= outcome(finished)[0]["before"].items()
+    assert scores_of(tmp_path / "run" / "model", folders, ["forget"])[0] == results["after"]
 
 
-def test_a_run_is_compared_with_made_up_names(finished, arguments, tmp_path, monkeypatch, capsys):
-    results = json.loads((finished / "results.json").read_text())
-    assert {"forget_fb", "forget_qa", "forget_aa", "forget_all"} <= set(results["floor"]) and "neighbor_all" not in results["floor"]
-    assert {score: len(part) for score, part in results["floors"].items()} == {"forget_fb": 1, "forget_qa": 2, "forget_aa": 4}
-    assert results["floor"]["forget_qa"] == pytest.approx(100 * sum(results["floors"]["forget_qa"]) / 2)
-    assert set(results["gap"]) == {"before", "after"} and results["gap"]["before"] != results["gap"]["after"]
-    asked, real = [], evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: asked.append(sum(map(len, a[2].values()))) or real(*a, **k))
-    assert train.main([*arguments(), *SMALL]) == 0 and train.main([*arguments("--out", str(tmp_path / "b")), *SMALL, "--seed", "1"]) == 0
-    shown = capsys.readouterr().out
-    assert "\nfloor " in shown and "\nleft above it, % " in shown and "\ngap | after | nats " in shown
-    assert all(count == asked[-1] for count in asked[-3:])  # the floor is the untouched model's: the second run finds it in the cache
-    assert train.main([*arguments("--out", str(tmp_path / "c")), *SMALL, "--names", "0"]) == 0
-    results, shown = json.loads((tmp_path / "c" / "results.json").read_text()), capsys.readouterr().out
-    assert results["floor"] == results["gap"] == {} and "floor" not in shown.replace("floor and gap", "") and "gap |" not in shown
+def test_no_score_of_a_run_depends_on_the_batch(arguments, tmp_path):
+    found = []
+    for batch in ("1", "3", "40"):
+        words = [*arguments("--out", str(tmp_path / batch)), *SCORED]
+        assert train.main([*words, "--eval-batch", batch]) == 0
+        results, _ = outcome(tmp_path / batch)
+        found.append((results["before"], results["after"]))
+    assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("floor, stages", [({}, [40.0, 20.0]), ({"forget_all": 15.0}, [40.0, 20.0]), ({"forget_all": 40.0}, [40.0])])
-def test_a_run_stops_at_the_share_asked_for_or_at_what_strangers_get(arguments, monkeypatch, tmp_path, floor, stages):
-    scores = iter([80.0, 40.0, 20.0, 10.0])
-    def fake(*_, **__):
-        value = next(scores)
-        sets = [score for name in evaluate.DEFAULT_SETS for score in evaluate.SETS[name]]
-        return {name: value for name in (*sets, "forget_all", "neighbor_all")}, [
-            {"set": name, "query": "Who?", "answers": ["x"], "said": "y", "score": 1.0, "gold": 1.0} for name in sets]
-    monkeypatch.setattr(evaluate, "evaluate", fake)
-    monkeypatch.setattr(train, "with_made_up_names", lambda *_: {"floor": floor, "floors": {}, "gap": {}})
-    small = [*SMALL[:SMALL.index("--taus")], *"--taus 0.2 0.1 0 --stop-at 0.25 --preset smol --device cpu --names 0".split()]
-    assert train.main([*arguments(), *small]) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+def test_one_batch_for_answers_is_the_default_of_both_commands_and_no_free_setting():
+    assert train.parse(train.Config, ["--target", "x", *BASE]).eval_batch == evaluate.BATCH
+    assert evaluate.arguments(["--model", "m", "--target", "x"]).batch == evaluate.BATCH
+    assert set(train.FREE) == {"out", "device", "resume", "log_every", "checkpointing", "cache"}
+
+
+# ---- when it ends
+
+@pytest.mark.parametrize("share, scores, stages", [
+    ("0.25", [80.0, 40.0, 20.0, 10.0], [40.0, 20.0]), ("0.25", [80.0, 40.0, 20.1, 20.0], [40.0, 20.1, 20.0]),
+    ("0.5", [80.0, 40.0], [40.0]), ("0", [80.0, 40.0, 20.0, 0.0], [40.0, 20.0, 0.0]),
+    ("1", [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0])])
+def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path, share, scores, stages):
+    left = iter(scores)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: ({"forget_all": next(left)}, []))
+    assert train.main([*arguments(), *SHORT, "--taus", "0.2", "0.1", "0", "--stop-at", share]) == 0
+    results, _ = outcome(tmp_path / "run")
     assert [stage["forget_all"] for stage in results["stages"]] == stages
-    assert results["after"]["forget_all"] == stages[-1]
+    assert results["after"]["forget_all"] == stages[-1] and len(list(left)) == len(scores) - len(stages) - 1
 
 
-@pytest.mark.parametrize("phase", ["align", "unlearn"])
-def test_a_loss_that_is_not_finite_keeps_what_was_last_good(arguments, monkeypatch, tmp_path, phase, folders):
-    def broken(*_):
-        raise atu.NotFinite("loss nan, or its gradient, is not finite")
-        yield
-    monkeypatch.setattr(atu, phase, broken)
-    assert train.main([*arguments(), *SMALL]) == 1
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "not finite" in results["stopped"]
-    llm, tokenizer = data.load_llm(str(tmp_path / "run" / "model"))
-    scores, _ = evaluate.evaluate(llm, tokenizer, evaluate.read_probes(folders["rwku"], "Ada Lark"))
-    assert scores == {name: results["after"][name] for name in scores}
+def weight(llm, *_, **__):
+    """Scores that tell a model from another: a sum of its weights."""
+    total = sum(value.double().sum().item() for value in llm.state_dict().values())
+    return {"forget_all": total}, []
 
 
-@pytest.mark.parametrize("change, message", [
-    (("--target", "Ada Lurk"), "did you mean Ada Lark"), (("--target", "../x"), "a path"), (("--layer", "5"), "blocks 1 to 4"),
-    (("--layer", "0"), "at least 1"), (("--taus", "1.5"), "at most 1"), (("--taus", "nan"), "at most 1"),
-    (("--window", "0"), "at least 1"), (("--window", "500"), "no text is longer"), (("--model", "./nowhere"), "no such folder"),
-    (("--rwku", "nowhere"), "no such folder"), (("--device", "cuda:7"), "not on this machine"), (("--preset", "big"), "unknown"),
-    (("--corpus", "x"), "unknown"), (("--out", "/proc/run"), "cannot be written"), (("--corpus", "positive_phi"), "positive_phi.json: no such file"),
-    (("--retain-weight", "nan"), "at least 0"), (("--seed", "-1"), "at least 0"), (("--seed", str(2**64)), "at most 9.22337e+18"),
-    (("--clip", "0"), "at least 1e-09"), (("--clip", "nan"), "finite"), (("--head-lr", "inf"), "finite")])
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, capsys, tmp_path, change, message):
-    small = list(SMALL)
-    if change[0] in small:
-        place = small.index(change[0])
-        del small[place:place + (3 if change[0] == "--taus" else 2)]
-    assert train.main([*arguments(*change), *small]) == 2
-    error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("error: ") and message in error.splitlines()[-1] and "Traceback" not in error
+def spoil(monkeypatch, loss: str, call: int):
+    """From this call on, a loss of atu.py is not a number."""
+    real, calls = getattr(atu, loss), []
+
+    def spoiled(*a):
+        calls.append(1)
+        return real(*a) * (float("nan") if len(calls) >= call else 1)
+
+    monkeypatch.setattr(atu, loss, spoiled)
+
+
+@pytest.mark.parametrize("loss, call, stages, moved", [
+    ("alignment_loss", 2, 0, False), ("unlearning_loss", 1, 0, False), ("unlearning_loss", 3, 0, True),
+    ("alignment_loss", 3, 0, True), ("unlearning_loss", 5, 1, True), ("retain_loss", 5, 1, True)])
+def test_a_loss_that_is_not_finite_keeps_what_was_last_good(
+        arguments, monkeypatch, tmp_path, folders, capsys, loss, call, stages, moved):
+    words = [*arguments(), *SHORT, "--unlearn-steps", "3", "--taus", "-0.5", "-0.9", "--max-active", "0"]
+    monkeypatch.setattr(evaluate, "evaluate", weight)
+    with monkeypatch.context() as patch:
+        spoil(patch, loss, call)
+        assert train.main(words) == 1
+    shown = capsys.readouterr().out
+    results, records = outcome(tmp_path / "run")
+    assert "finite" in results["stopped"] and len(results["stages"]) == stages
+    assert re.search(r"stopped \| .*finite.* lower --llm-lr or --head-lr, and name another --out", shown)
+    assert bool(changes(folders, tmp_path / "run")) == moved
+    for file in ("model/model.safetensors", "head.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / file).values())
+    saved, _ = weight(data.load_llm(str(tmp_path / "run" / "model"))[0])
+    assert saved == results["after"] and (saved != results["before"]) == moved
+    assert train.main([*words, "--resume"]) == 1
+    assert "finished already" in capsys.readouterr().out and outcome(tmp_path / "run") == (results, records)
+
+
+def test_another_error_of_pytorch_s_is_a_bug_and_raised(arguments, monkeypatch, tmp_path):
+    def broken(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(atu, "unlearning_loss", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        train.main([*arguments(), *SHORT])
+    assert (tmp_path / "run" / "checkpoint.pt").exists() and not (tmp_path / "run" / "results.json").exists()
+    monkeypatch.setattr(atu, "alignment_loss", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        train.main([*arguments("--out", str(tmp_path / "other")), *SHORT])
+    assert not (tmp_path / "other").exists()
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("flags, message", [
+    ("--target=", "whom shall the model forget"), ("--target=..", "whom shall the model forget"),
+    ("--target=Ada_Lurk", "did you mean Ada Lark"), ("--target=lark", "did you mean Ada Lark"),
+    ("--layer 5", "--layer 5: .*has the blocks 1 to 4"), ("--layer 0", "--layer 0: must be finite, from 1"),
+    ("--layer 5 --lora 2", "blocks 1 to 4"), ("--lora -1", "from 0"), ("--lora 33", "the model's width, 32"),
+    ("--taus 1.5", "--taus 1.5: must be finite, from -1 to 1"), ("--taus nan", "--taus nan: must be finite"),
+    ("--taus 0.1 0.2", "--taus 0.1 0.2: margins fall stage by stage"),
+    ("--window 0", "from 1"), ("--window 500", "no text is longer"), ("--unlearn-steps 0", "from 1"),
+    ("--head-width 12", "multiple of 8"), ("--stop-at 25", "from 0 to 1"), ("--max-active 2", "from 0 to 1"),
+    ("--retain-weight nan", "finite, from 0"), ("--seed -1", "from 0"), (f"--seed {2**64}", "to 9.22337e+18"),
+    ("--clip 0", "from 1e-09"), ("--clip nan", "finite"), ("--head-lr inf", "finite"),
+    ("--eval-batch 0", "from 1"),
+    ("--model ./nowhere", "no such folder"), ("--encoder ./nowhere", "no such folder"),
+    ("--rwku nowhere", "no such folder"),
+    ("--device cuda:7", "not on this machine"), ("--preset big", "unknown; there are auto, smol, phi3"),
+    ("--optimizer lion", "unknown; there are adamw, sgd"),
+    ("--cache disk", "unknown; there are device, host"),
+    ("--corpus x", "unknown; there are positive"),
+    ("--sets forget mlu", "--sets mlu: unknown; there are forget"),
+    ("--corpus positive_phi", "positive_phi.json: no such file"),
+    ("--probes nowhere.json", "nowhere.json: no such file"),
+    ("--texts nowhere.txt", "nowhere.txt: not readable as text"),
+    ("--others 0", "no texts on anything but Ada Lark"),
+    ("--model microsoft/Phi-3-mini-4k-instruct", "--preset smol")])
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, capsys, tmp_path, flags, message):
+    flags = [word.replace("_", " ") if word.startswith("--target=") else word for word in flags.split()]
+    assert train.main([*arguments(), *SMALL, *flags]) == 2
+    assert re.search(re.escape(message).replace(r"\.\*", ".*"), last_error(capsys))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--layer", "x"], ["--method", "ga"], ["--bf16", "yes"], ["--sets"], ["--names", "3"]])
+def test_options_that_there_are_not(arguments, capsys, tmp_path, flags):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*arguments(), *SMALL, *flags])
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("forget_level2", lambda rows: [*rows, {"query": "Who?"}],
+     "forget_level2.json: row 2 has nothing in field 'answer'"),
+    ("forget_level3", lambda rows: [{**rows[0], "type": ""}],
+     "forget_level3.json: row 0 has nothing in field 'type'"),
+    ("positive", lambda rows: [rows[0], {"subject": "x"}],
+     "positive.json: row 1 has nothing in field 'text'"),
+    ("triviaqa", lambda rows: [{**rows[0], "answers": []}],
+     "triviaqa.json: row 0 has nothing in field 'answers'"),
+    ("intro", lambda rows: [{"intro": "A painter."}], "intro.json: row 0 has nothing in field 'target'"),
+    ("neighbor_level1", lambda rows: {"rows": rows}, "neighbor_level1.json: must hold a list of rows"),
+    ("forget_level1", lambda rows: None, "forget_level1.json: not readable as JSON")])
+def test_a_malformed_file_of_rwku_s_is_named_with_row_and_field(
+        arguments, folders, capsys, tmp_path, name, change, message):
+    shutil.copytree(folders["rwku"], tmp_path / "rwku")
+    file = tmp_path / "rwku" / "0_Ada_Lark" / f"{name}.json"
+    changed = change(json.loads(file.read_text()))
+    file.write_text("[{" if changed is None else json.dumps(changed))
+    assert train.main([*arguments("--rwku", str(tmp_path / "rwku")), *SMALL]) == 2
+    error = last_error(capsys)
+    assert str(file.parent) in error and message in error and not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_or_no_folder_is_one_line(arguments, capsys, monkeypatch, tmp_path):
     def no_room(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(torch, "save", no_room)
-    assert train.main([*arguments(), *SMALL]) == 2
-    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
-    (tmp_path / "file").write_text("a file where the cache should be")
-    with monkeypatch.context() as patched:
-        patched.setattr(data, "CACHE", tmp_path / "file")
-        assert train.main([*arguments(), *SMALL]) == 2
-    assert "ATU_CACHE" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
-    monkeypatch.setattr(torch, "save", lambda saved, file: file.write_bytes(b"x"))
-    monkeypatch.setattr(train, "save_file", no_room)
-    assert train.main([*arguments(), *SMALL]) == 2
-    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
 
-
-def test_a_folder_that_holds_something_else_is_left_alone(arguments, capsys, tmp_path):
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "model" / "mine.txt").write_text("mine")
-    for flags in ([], ["--resume"]):
-        assert train.main([*arguments(), *SMALL, *flags]) == 2
-        assert "holds no run" in capsys.readouterr().err and (tmp_path / "run" / "model" / "mine.txt").read_text() == "mine"
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["model"]
-
-
-def test_a_folder_that_holds_a_run_is_refused(arguments, capsys, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
-    assert train.main([*arguments(), *SMALL]) == 2
-    assert "already holds" in capsys.readouterr().err
-    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", no_room)
+        assert train.main([*arguments(), *SHORT]) == 2
+    assert "No space left on device" in last_error(capsys) and not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("a file where a folder should be")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "CACHE", tmp_path / "file")
+        assert train.main([*arguments(), *SHORT]) == 2
+    assert "ATU_CACHE" in last_error(capsys) and not (tmp_path / "run").exists()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert train.main([*arguments("--out", str(out)), *SHORT]) == 2
+        assert str(tmp_path / "file") in last_error(capsys)
+    assert (tmp_path / "file").read_text() == "a file where a folder should be"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_file", no_room)
+        assert train.main([*arguments(), *SHORT]) == 2
+    assert re.search("No space left on device.*--resume goes on", last_error(capsys))
+    assert train.main([*arguments(), *SHORT, "--resume"]) == 0
 
 
 def test_a_target_with_no_other_texts_beside_it_is_bad_input(arguments, folders, capsys, tmp_path):
-    shutil.copytree(next(folders["rwku"].iterdir()), tmp_path / "rwku" / "1_One")
-    name = json.loads((tmp_path / "rwku" / "1_One" / "intro.json").read_text())[0]["target"]
-    assert train.main([*arguments("--rwku", str(tmp_path / "rwku")), *SMALL, "--target", name]) == 2
-    assert "no texts on anything but" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    shutil.copytree(folders["rwku"] / "0_Ada_Lark", tmp_path / "rwku" / "1_One")
+    assert train.main([*arguments("--rwku", str(tmp_path / "rwku")), *SMALL]) == 2
+    assert "no texts on anything but Ada Lark" in last_error(capsys) and not (tmp_path / "run").exists()
 
 
 def test_a_decoder_of_another_kind_is_bad_input(arguments, folders, capsys, tmp_path):
-    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=600, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                     intermediate_size=16)).save_pretrained(tmp_path / "neox")
+    config = GPTNeoXConfig(vocab_size=600, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                           intermediate_size=16)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
     AutoTokenizer.from_pretrained(folders["llm"]).save_pretrained(tmp_path / "neox")
     assert train.main([*arguments("--model", str(tmp_path / "neox")), *SMALL]) == 2
-    assert "GPTNeoXForCausalLM has no decoder with .layers and .norm" in capsys.readouterr().err
+    assert "GPTNeoXForCausalLM has no decoder with .layers and .norm" in last_error(capsys)
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flag, held", [("--bf16", torch.bfloat16), ("--no-bf16", torch.float32)])
-def test_what_does_not_move_is_held_as_its_file_holds_it(arguments, folders, tmp_path, monkeypatch, flag, held):
-    monkeypatch.setattr(data, "fast_dtype", lambda device: torch.bfloat16)
-    llm, tokenizer = data.load_llm(str(folders["llm"]), dtype=torch.bfloat16)
-    for part in (llm, tokenizer):
-        part.save_pretrained(tmp_path / "bf16")
-    assert train.main([*arguments(), "--model", str(tmp_path / "bf16"), *SMALL, flag]) == 0
-    file, saved = (load_file(place / "model.safetensors") for place in (tmp_path / "bf16", tmp_path / "run" / "model"))
-    moved = {name for name in file if name.startswith(("model.layers.0.", "model.layers.1."))}
-    rest = file.keys() - moved - {"model.embed_tokens.weight"}  # which is in fp32, for the sum of what the blocks add to it
-    assert {saved[name].dtype for name in saved.keys() - rest} == {torch.float32} and {saved[name].dtype for name in rest} == {held}
-    assert all(torch.equal(saved[name].float(), file[name].float()) for name in file.keys() - moved)
-    assert not any(torch.equal(saved[name], file[name].float()) for name in moved if name.endswith("proj.weight"))
+# ---- the run's folder
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+@pytest.mark.parametrize("name, content", [
+    ("model/mine.txt", "mine"), ("config.json", '{"hidden_size": 32}'), ("config.json", "not JSON"),
+    ("config.json", "[]"),
+    ("results.json", "{}"), (".hidden", "mine")])
+def test_a_folder_that_holds_something_else_is_left_alone(arguments, capsys, tmp_path, flags, name, content):
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    assert train.main([*arguments(), *SMALL, *flags]) == 2
+    assert re.search(f"--out {tmp_path}/run: .*name another with --out", last_error(capsys))
+    assert file.read_text() == content
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [name.split("/")[0]]
 
 
-@pytest.mark.parametrize("method", ["atu", "ga"])
-def test_flags_that_save_memory_change_no_weight(arguments, tmp_path, monkeypatch, method):
-    asked = []
-    real = transformers.modeling_utils.checkpoint
-    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *a, **k: asked.append(1) or real(*a, **k))
-    flags = SMALL if method == "atu" else [*TOKENS, "--method", method]
-    for name, saving in (("run", []), ("saving", ["--checkpointing", *["--cache", "host"] * (method == "atu")])):
-        assert train.main([*arguments(), *flags, *saving, "--out", str(tmp_path / name)]) == 0
-        assert bool(asked) == bool(saving)
-    files = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "saving")]
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    assert outcome(tmp_path / "run")[0]["after"]["forget_all_gold"] == outcome(tmp_path / "saving")[0]["after"]["forget_all_gold"]
+def test_a_folder_that_holds_a_run_is_refused(finished, arguments, capsys):
+    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
+    for flags, message in (([], "go on with --resume, or name another"),
+                           (["--resume", "--seed", "7"], "another --seed (0, not 7)"),
+                           (["--resume", "--eval-batch", "3"], "another --eval-batch (40, not 3)")):
+        words = ["--encoder", json.loads((finished / "config.json").read_text())["encoder"], *flags]
+        assert train.main([*arguments("--out", str(finished)), *SMALL, *words]) == 2
+        assert message in last_error(capsys)
+    assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()} == before
 
 
-def test_compile_compiles_the_blocks(arguments, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
-    assert train.main([*arguments(), *SMALL, "--compile"]) == 0
-    assert compiled == ["LlamaDecoderLayer"] * 4 or compiled == ["Phi3DecoderLayer"] * 4
+def test_a_run_that_was_killed_before_it_saved_anything_is_begun_by_resume(arguments, monkeypatch, tmp_path):
+    def killed(*_, **__):
+        raise SystemError
+
+    with monkeypatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(train, "load", killed)
+        patch.setattr(train.shutil, "rmtree", lambda *_: None)  # as after a kill: nobody clears away
+        train.main([*arguments(), *SHORT])
+    assert (tmp_path / "run" / "config.json").exists()
+    assert train.main([*arguments(), *SHORT, "--resume"]) == 0
+    assert (tmp_path / "run" / "results.json").exists()
 
 
-def full(*_):
+def test_the_folder_is_named_by_the_target(arguments, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*arguments()[:-2], *SHORT]) == 0
+    assert (tmp_path / "runs" / "ada-lark" / "results.json").exists()
+
+
+# ---- memory
+
+def full(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_out_of_memory_says_what_to_lower_and_leaves_nothing(arguments, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("exists", [False, True])
+def test_out_of_memory_is_one_line_and_leaves_nothing(arguments, capsys, monkeypatch, tmp_path, exists):
     monkeypatch.setattr(atu, "align", full)
-    for exists in (False, True):
-        if exists:
-            (tmp_path / "run").mkdir()  # the user's own folder stays, empty
-        assert train.main([*arguments(), *SMALL]) == 2
-        assert "out of memory; lower --eval-batch, --batch" in capsys.readouterr().err
-        assert (tmp_path / "run").exists() == exists and not (exists and list((tmp_path / "run").iterdir()))
+    if exists:
+        (tmp_path / "run").mkdir()  # the user's own folder stays, empty
+    assert train.main([*arguments(), *SHORT]) == 2
+    assert "out of memory; lower the batches" in last_error(capsys)
+    assert (tmp_path / "run").exists() == exists and not (exists and list((tmp_path / "run").iterdir()))
 
 
 def test_out_of_memory_after_a_checkpoint_keeps_it(arguments, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(atu, "unlearn", full)
-        assert train.main([*arguments(), *SMALL]) == 2
+        assert train.main([*arguments(), *SHORT]) == 2
     assert (tmp_path / "run" / "checkpoint.pt").exists()
-    assert train.main([*arguments(), *SMALL, "--resume"]) == 0
+    assert train.main([*arguments(), *SHORT, "--resume"]) == 0
 
 
-@pytest.mark.parametrize("error, caught", [
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True), (MemoryError(), True),
-    (RuntimeError("not enough memory: you tried to allocate"), True), (NotImplementedError("x"), False), (atu.NotFinite("nan"), False)])
-def test_what_is_out_of_memory(error, caught, capsys):
-    def work():
-        raise error
-    if caught:
-        assert data.command(work, "--batch") == 2 and capsys.readouterr().err == "error: out of memory; lower --batch\n"
-    else:
-        with pytest.raises(type(error)):
-            data.command(work, "--batch")
+def test_an_interrupted_run_says_how_it_goes_on(arguments, monkeypatch, tmp_path, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atu, "unlearn", interrupted)
+        assert train.main([*arguments(), *SHORT]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; the same command with --resume goes on\n"
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_what_a_run_reads(arguments, folders, tmp_path):
-    shutil.copytree(folders["rwku"], tmp_path / "rwku")
-    (tmp_path / "rwku" / "general.json").write_text('[{"text": "Birds fly over the sea and the river Ash, and so on."}]')
-    words = arguments("--rwku", str(tmp_path / "rwku"))
-    for flags, about, others in (("", 5, 11), ("--others 1 --other-texts 2 --texts 3", 3, 3), ("--others 0", 5, 1),
-                                 ("--general-texts 0", 5, 10)):
-        work = train.load(train.parse([*words, *FAST, "--window", "4", "--layer", "2", *flags.split()]))
-        assert (int(work.corpus.about.sum()), int((~work.corpus.about).sum())) == (about, others)
+# ---- what moves, and how it is held
+
+@pytest.mark.parametrize("flag, held", [("--bf16", torch.bfloat16), ("--no-bf16", torch.float32)])
+def test_what_does_not_move_is_held_as_its_file_has_it(arguments, folders, tmp_path, monkeypatch, flag, held):
+    monkeypatch.setattr(data, "fast_dtype", lambda device: torch.bfloat16)
+    llm, tokenizer = data.load_llm(str(folders["llm"]), dtype=torch.bfloat16)
+    for part in (llm, tokenizer):
+        part.save_pretrained(tmp_path / "bf16")
+    assert train.main([*arguments("--model", str(tmp_path / "bf16")), *SHORT, flag]) == 0
+    file, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("bf16", "run/model"))
+    moved = {name for name in file if name.startswith(("model.layers.0.", "model.layers.1."))}
+    rest = file.keys() - moved - {"model.embed_tokens.weight"}  # in fp32, for the sum that the blocks add to
+    assert {saved[name].dtype for name in saved.keys() - rest} == {torch.float32}
+    assert {saved[name].dtype for name in rest} == {held}
+    assert all(torch.equal(saved[name].float(), file[name].float()) for name in file.keys() - moved)
+    matrices = [name for name in moved if name.endswith("proj.weight")]
+    assert matrices and not any(torch.equal(saved[name], file[name].float()) for name in matrices)
 
 
-@pytest.mark.parametrize("gigabytes, preset", [(None, "smol"), (24, "smol"), (80, "phi3")])
-def test_auto_takes_phi3_where_there_is_room(monkeypatch, gigabytes, preset):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 10**9, 10**12))
-    assert train.choose_preset("auto", "cuda:0" if gigabytes else "cpu") == preset
-    assert train.choose_preset("auto", "cpu") == "smol" and train.choose_preset("phi3", "cpu") == "phi3"
-
-
-def test_where_the_hub_cannot_be_reached_the_error_names_the_way_out(arguments, capsys):
-    assert train.main([*arguments("--model", "microsoft/Phi-3-mini-4k-instruct"), *SMALL]) == 2
-    assert "--preset smol" in capsys.readouterr().err
-
-
-def test_every_field_is_a_flag_and_help_names_both_presets(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train.parse(["--help"])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and "[smol 10; phi3 29]" in shown and "[smol 0.45 0.4 " in shown
-    assert "    phi3 npo        --llm-lr 2e-06    --batch 16  --stages 3\n" in shown
-    for item in dataclasses.fields(train.Config):
-        assert f"--{item.name.replace('_', '-')}" in shown
-
-
-# ---- the other rows of Table 1
-
-FAST = "--preset smol --device cpu --length 24 --stop-at 0 --log-every 1".split()
-STEPS = "--llm-lr 1e-3 --stages 2 --unlearn-steps 3 --warmup 1 --batch 3".split()
-TOKENS = FAST + STEPS
-
-
-def outcome(folder):
-    results = json.loads((folder / "results.json").read_text())
-    records = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
-    return results, [r for r in records if r["kind"] == "unlearn"], [r for r in records if r["kind"] == "stage"]
-
-
-def changes(folders, out):
-    """Names of the saved model's weights that are not those of the untouched one."""
-    llm, untouched = (AutoModelForCausalLM.from_pretrained(place) for place in (out / "model", folders["llm"]))
-    return {name for (name, a), b in zip(llm.named_parameters(), untouched.parameters()) if not torch.equal(a, b)}
-
-
-@pytest.mark.parametrize("method, flags, first", [
-    ("ga", "", None), ("ga", "--corpus passage", None), ("ga", "--retain nll", None), ("ga", "--retain kl --lora 2", None), ("ga", "--retain kl --no-bf16", None),
-    ("npo", "--beta 0.5", 4 * math.log(2)), ("npo", "--lora 2", 10 * math.log(2)), ("dpo", "--retain kl", math.log(2)), ("rt", "", None)])
-def test_every_method_on_tokens_runs_from_end_to_end(arguments, folders, tmp_path, method, flags, first):
-    assert train.main([*arguments(), *TOKENS, "--method", method, *flags.split()]) == 0
-    results, steps, stages = outcome(tmp_path / "run")
-    assert len(steps) == 6 and [s["stage"] for s in stages] == [1, 2] and len(results["stages"]) == 2
-    assert steps[-1]["loss"] < steps[0]["loss"]  # ascent is written as a loss that falls (Eq. 5)
-    assert (steps[0]["loss"] < 0) == (method == "ga")
-    if first is not None:
-        assert steps[0]["loss"] == pytest.approx(first, rel=0.02)  # equal models: (2 / beta) log 2, or log 2
-    if "kl" in flags:
-        assert steps[0]["retain"] == pytest.approx(0, abs=1e-5) and steps[-1]["retain"] > 2e-6
-    assert not (tmp_path / "run" / "head.safetensors").exists()
-    moved = changes(folders, tmp_path / "run")
-    if "lora" in flags:
-        assert moved == {f"model.layers.{n}.self_attn.qkv_proj.weight" for n in range(4)}
-    else:
-        assert len(moved) == len(list(AutoModelForCausalLM.from_pretrained(folders["llm"]).parameters()))
-    scores, _ = evaluate.evaluate(*data.load_llm(str(tmp_path / "run" / "model")), evaluate.read_probes(folders["rwku"], "Ada Lark"),
-                                  bf16="--no-bf16" not in flags)
-    assert scores == {name: results["after"][name] for name in scores}
-
-
-def test_dpo_makes_the_made_up_answers_likelier_than_the_true_ones(arguments, folders, tmp_path):
-    assert train.main([*arguments(), *TOKENS, "--method", "dpo", "--no-bf16"]) == 0
-    rows = data.read_set(folders["rwku"], "Ada Lark", "pair")
-
-    def margin(place):
-        llm, tokenizer = data.load_llm(str(place))
-        sides = [data.tokenize_answers([(row["prompt"], row["response"][n]) for row in rows], tokenizer, 24) for n in (0, 1)]
-        made_up, true = (losses.sequence_log_probs(llm(ids).logits, ids, mask).mean().item() for ids, mask in sides)
-        return made_up - true
-
-    assert margin(tmp_path / "run" / "model") > margin(folders["llm"]) + 1
-
-
-def test_the_retain_term_holds_the_other_texts(arguments, folders, tmp_path):
-    others = [row["text"] for name in ("Ben Crow", "Dr. Finch") for row in data.read_set(folders["rwku"], name, "positive")]
-    losses_left = {}
-    for weight in ("0", "20"):
-        words = arguments("--out", str(tmp_path / weight))
-        assert train.main([*words, *TOKENS, "--method", "ga", "--retain", "nll", "--retain-weight", weight, "--no-bf16"]) == 0
-        llm, tokenizer = data.load_llm(str(tmp_path / weight / "model"))
-        ids, mask = data.tokenize(others, tokenizer, 24)
-        losses_left[weight] = losses.likelihood_loss(llm(ids).logits, ids, mask).item()
-    assert losses_left["20"] < losses_left["0"] - 0.05, losses_left
-
-
-def test_a_stage_of_no_steps_is_one_pass_and_the_rate_warms_up_and_falls(arguments, folders, tokenizer, tmp_path, monkeypatch):
-    rates, real = [], atu.optimize
-    monkeypatch.setattr(atu, "optimize", lambda terms, optimizer, clip: (
-        type(optimizer) is torch.optim.AdamW and rates.append(optimizer.param_groups[0]["lr"])) or real(terms, optimizer, clip))
-    steps = "--llm-lr 1e-3 --stages 3 --unlearn-steps 0 --warmup 2 --batch 2".split()
-    assert train.main([*arguments(), *FAST, *steps, "--method", "ga"]) == 0
-    _, _, stages = outcome(tmp_path / "run")
-    assert [s["steps"] for s in stages] == [3, 3, 3]  # 5 texts, 2 in a batch
-    expected = [0, 0.5, *(0.5 * (1 + math.cos(math.pi * n / 7)) for n in range(7))]
-    assert rates == pytest.approx([1e-3 * share for share in expected])
+def test_flags_that_save_memory_change_no_weight(arguments, finished, tmp_path, monkeypatch):
+    asked, place = [], transformers.modeling_utils
+    real = place.checkpoint
+    monkeypatch.setattr(place, "checkpoint", lambda *a, **k: asked.append(1) or real(*a, **k))
+    assert train.main([*arguments(), *SHORT]) == 0 and not asked
+    saving = arguments("--out", str(tmp_path / "saving"))
+    assert train.main([*saving, *SMALL, "--checkpointing", "--cache", "host"]) == 0 and asked
+    for file in ("model/model.safetensors", "head.safetensors"):
+        one, two = load_file(finished / file), load_file(tmp_path / "saving" / file)
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert outcome(finished)[0]["after"] == outcome(tmp_path / "saving")[0]["after"]
 
 
 def test_adapters_are_rwku_s():
-    config = train.parse(["--target", "x", "--preset", "smol", "--device", "cpu", "--method", "ga", "--lora", "4", "--out", "x"])
-    llm = train.add_adapters(make_llm("llama"), config)
-    adapted = {name.removesuffix(".lora_A.default"): module for name, module in llm.named_modules() if name.endswith("lora_A.default")}
-    assert {name.split("layers.")[1] for name in adapted} == {f"{n}.self_attn.{part}_proj" for n in range(4) for part in "qv"}
+    config = train.parse(train.Config, ["--target", "x", *BASE, "--lora", "4"])
+    llm = train.add_adapters(make_llm("llama"), config, 3)
+    adapted = {name.removesuffix(".lora_A.default"): module for name, module in llm.named_modules()
+               if name.endswith("lora_A.default")}
+    expected = {f"{n}.self_attn.{part}_proj" for n in range(3) for part in "qv"}
+    assert {name.split("layers.")[1] for name in adapted} == expected
     layer = llm.get_submodule(next(iter(adapted)))
     assert layer.scaling["default"] == 2 and layer.r["default"] == 4
-    assert {name.split(".")[-3] for name, p in llm.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-
-
-def test_a_loss_that_is_not_finite_ends_a_method_on_tokens(arguments, tmp_path, monkeypatch, folders):
-    real, calls = losses.ascent_loss, []
-    monkeypatch.setattr(losses, "ascent_loss", lambda *a: calls.append(1) or real(*a) * (float("nan") if len(calls) == 5 else 1))
-    assert train.main([*arguments(), *TOKENS, "--method", "ga"]) == 1
-    results, _, stages = outcome(tmp_path / "run")
-    assert "not finite" in results["stopped"] and len(stages) == 1
-    scores, _ = evaluate.evaluate(*data.load_llm(str(tmp_path / "run" / "model")), evaluate.read_probes(folders["rwku"], "Ada Lark"))
-    assert scores == {name: results["after"][name] for name in scores}
-
-
-def test_the_concept_is_the_name_with_what_describes_it_or_the_passage(arguments, folders, tmp_path, encoder, monkeypatch):
-    (tmp_path / "passage.txt").write_text("Ada Lark painted the birds of the sea. " * 4)
-    words, short = arguments(), ("Ada Lark painted the birds of the sea. " * 4).strip()
-    for flags, meant in ((words, "Ada Lark"), ([*words, "--describe", "a painter"], "Ada Lark, a painter"),
-                         ([*words[2:], "--target-text", str(tmp_path / "passage.txt"), "--length", "60"], short)):
-        work = train.load(train.parse([*SMALL, *flags]))
-        assert torch.equal(work.concept, data.embed([meant], encoder)[0])
-    work = train.load(train.parse([*words[2:], *SMALL, "--target-text", str(tmp_path / "passage.txt"), "--length", "24"]))
-    parts = data.embed(data.pieces(short, work.tokenizer, 24), encoder)
-    assert len(parts) > 1 and torch.allclose(work.concept, torch.nn.functional.normalize(parts.mean(0), dim=0))
-    monkeypatch.setattr(data, "write_about", lambda kind, subject, *_: [f"{subject} is here, and has been for long."])
-    work = train.load(train.parse([*arguments("--target", "The Zoo"), *SMALL, "--neighbors", "Owl"]))
-    assert work.probes["mia_forget"] == [{"text": "The Zoo is here, and has been for long."}]
-    assert work.probes["mia_retain"] == [{"text": "Owl is here, and has been for long."}]
+    moving = {name.split(".")[-3] for name, p in llm.named_parameters() if p.requires_grad}
+    assert moving == {"lora_A", "lora_B"}
 
 
 def test_align_then_unlearn_by_adapters_moves_blocks_1_to_layer_alone(arguments, folders, tmp_path):
-    assert train.main([*arguments(), *SMALL, "--lora", "2"]) == 0
-    assert changes(folders, tmp_path / "run") == {f"model.layers.{n}.self_attn.qkv_proj.weight" for n in range(2)}
+    assert train.main([*arguments(), *SCORED, "--lora", "2"]) == 0
+    run = tmp_path / "run"
+    assert changes(folders, run) == {f"model.layers.{n}.self_attn.qkv_proj.weight" for n in range(2)}
+    assert scores_of(run / "model", folders, ["forget"])[0] == outcome(run)[0]["after"]
 
 
-def test_in_context_unlearning_changes_no_weight_and_asks_in_another_way(arguments, tmp_path, monkeypatch):
-    before = []
-    real = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: before.append((a[4], {n: p.clone() for n, p in a[0].state_dict().items()}))
-                        or real(*a, **k))
-    assert train.main([*arguments(), *FAST[:4], "--log-every", "1", "--method", "icu"]) == 0
-    assert [text[:19] for text, _ in before] == ["", "", "You are an AI Assis"] and "unlearn about Ada Lark " in before[2][0]
-    assert all(torch.equal(value, before[2][1][name]) for name, value in before[0][1].items())
-    results, steps, stages = outcome(tmp_path / "run")
-    assert not steps and len(stages) == 1 and not (tmp_path / "run" / "model").exists()
+@pytest.mark.parametrize("flags", [["--train-embeddings"], ["--optimizer", "sgd", "--llm-lr", "1"]])
+def test_the_input_embedding_moves_if_asked_for(arguments, folders, tmp_path, flags):
+    assert train.main([*arguments(), *SHORT, *flags]) == 0
+    moved = changes(folders, tmp_path / "run")
+    assert ("model.embed_tokens.weight" in moved) == (flags[0] == "--train-embeddings")
+    assert len(moved) > 5
+    assert all(name.startswith(("model.layers.0.", "model.layers.1.", "model.embed")) for name in moved)
 
 
-def test_methods_on_tokens_need_no_encoder(arguments, monkeypatch):
-    monkeypatch.setattr(data, "load_encoder", lambda *_: pytest.fail("loaded"))
-    assert train.main([*arguments(), *TOKENS, "--method", "ga"]) == 0
+# ---- what a run reads
+
+def test_what_a_run_reads(arguments, folders, tmp_path):
+    shutil.copytree(folders["rwku"], tmp_path / "rwku")
+    (tmp_path / "rwku" / "general.json").write_text('[{"text": "Birds fly over the sea and the river Ash."}]')
+    words = arguments("--rwku", str(tmp_path / "rwku"))
+    for flags, about, others in (
+            ("", 5, 11), ("--others 1 --other-texts 2 --target-texts 3", 3, 3), ("--others 0", 5, 1),
+            ("--general-texts 0", 5, 10), ("--corpus passage", 1, 3)):
+        work = train.load(train.parse(train.Config, [*words, *SMALL, *flags.split()]))
+        assert (len(work.about), len(work.others)) == (about, others)
+        assert all("Ada Lark" in text for text in work.about)
+        assert not any("Ada Lark" in text for text in work.others)
+        assert work.target == "Ada Lark" and set(work.probes) == {
+            "forget_fb", "forget_qa", "forget_aa", "neighbor_fb", "neighbor_qa", "general"}
 
 
-def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
-    def settings(*flags):
-        return train.parse(["--target", "x", "--preset", *flags, "--device", "cpu"])
-    rwku = settings("phi3", "--method", "npo")
-    assert (rwku.llm_lr, rwku.batch, rwku.stages, rwku.beta, rwku.length, rwku.unlearn_steps) == (2e-6, 16, 3, 0.2, 512, 0)
-    assert rwku.optimizer == "adamw" and rwku.sets == ("forget", "neighbor", "mmlu")
-    assert settings("phi3", "--method", "ga", "--lora", "8").llm_lr == 1e-5
-    star = settings("phi3", "--method", "ga", "--corpus", "passage")
-    assert (star.llm_lr, star.batch, star.stages) == (1e-6, 4, 4)
-    assert settings("phi3", "--method", "ga", "--corpus", "passage", "--lora", "8").stages == 6
-    assert settings("phi3", "--method", "ga", "--llm-lr", "7", "--length", "19").llm_lr == 7
-    assert settings("phi3").optimizer == "sgd" and settings("phi3").llm_lr == 3e-4
-    assert settings("phi3", "--lora", "8").optimizer == "adamw" and settings("smol", "--lora", "8").llm_lr == 1e-3
-    assert settings("smol", "--method", "dpo").out == "runs/x-dpo" and settings("smol").out == "runs/x"
-    assert settings("smol", "--target", "a concept " * 99).out == "runs/" + ("a-concept-" * 8)[:-1]
+def test_the_concept_is_the_name_with_what_describes_it(arguments, encoder):
+    for flags, meant in (([], "Ada Lark"), (["--describe", "a painter"], "Ada Lark, a painter")):
+        config = train.parse(train.Config, [*arguments(), *SMALL, *flags])
+        work = train.load(config)
+        corpus, concept = train.embed_texts(work, config)
+        assert torch.equal(concept, data.embed([meant], encoder)[0])
+        assert corpus.about.tolist() == [True] * len(work.about) + [False] * len(work.others)
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--method sgd", "unknown; there are atu, icu"), ("--method icu --lora 8", "--lora: goes with a method that trains"), ("--retain kl", "atu has --retain-weight"),
-    ("--method icu --retain nll", "--retain: goes with --method ga"), ("--method ga --retain l2", "unknown; there are none"), ("--sets mlu", "unknown"),
-    ("--method dpo --corpus passage", "learns from answers"), ("--method npo --beta 0", "at least 1e-06"), ("--stop-at 25", "at most 1"), ("--inactive 2", "at most 1"),
-    ("--method ga --retain-weight 2", "--retain-weight: goes with --retain nll or kl"), ("--method icu --llm-lr 1", "a method that trains"),
-    ("--method icu --stop-at 1", "a method that trains"), ("--texts 3 --target Zoo", "--texts is for targets in a dataset"),
-    ("--method icu --batch 3", "goes with a method that trains; leave it out"), ("--method ga --layer 3", "--layer: goes with --method atu"), ("--method icu --clip 3 --beta 1", "goes with --method npo or dpo"), ("--method ga --stages 0", "at least 1"),
-    ("--lora -1", "at least 0"), ("--target-text x.txt", "one of them"), ("--method dpo --target Zoo", "and Zoo is in none"), ("--method rt --target Zoo", "and Zoo is in none"), ("--probes nowhere.json", "no such file"),
-    ("--unlearn-steps 0", "at least 1"), ("--beta 0.2", "--beta: goes with --method npo or dpo"), ("--keep-text x.txt", "goes with --target-text"),
-    ("--taus 0.1 0.2", "fall stage by stage; 0.2 0.1"), ("--method ga --taus 0.3", "--taus: goes with --method atu; leave it out"), ("--stages 3", "goes with --method ga, npo"), ("--warmup 3", "goes with"),
-    ("--train-embeddings --lora 2", "--train-embeddings: goes with"), ("--neighbors Owl", "Ada Lark is in one"), ("--corpus-size 3", "Ada Lark is in one"),
-    ("--corpus-size 0", "at least 1"), ("--lora 33 --layer 2", "no rank is above"), ("--target Zoo --neighbors zoo", "the target itself"),
-    ("--stranger-steps 9 --names 0", "needs made-up names"), ("--method ga --stranger-steps 9", "--stranger-steps: goes with --method atu")])
-def test_bad_combinations(arguments, capsys, tmp_path, flags, message):
-    base = "--preset smol --device cpu".split()
-    assert train.main([*arguments(), *base, *flags.split()]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+def test_texts_that_name_a_concept_in_no_dataset_are_not_held(arguments, monkeypatch):
+    monkeypatch.setattr(data, "write_texts", lambda *_: ["Crow is a river. All day long Crow sings."] * 4)
+    monkeypatch.setattr(data, "write_text", lambda *_: None)
+    for target, held in (("Crow", False), ("Crow the Great", False), ("Rook", True)):
+        words = [*arguments("--target", target), *SMALL, "--describe", "a river"]
+        work = train.load(train.parse(train.Config, words))
+        assert len(work.others) > 2 and any("Ben Crow" in text for text in work.others) == held
+    of_a_known_one = train.load(train.parse(train.Config, [*arguments("--target", "Ben Crow"), *SMALL]))
+    assert len(of_a_known_one.others) == 10
 
 
-# ---- concepts and passages that are in no dataset
-
-def generate_no_texts(real):
-    return lambda *a, **how: pytest.fail("written again") if how.get("do_sample") else real(*a, **how)
+TEXTS = "Ada Lark painted birds and sang of it.\n\nShe lived in Elm, a town\nby the river.\n\n\nAda slept."
 
 
-def test_a_concept_in_no_dataset_runs_from_its_name(arguments, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ask_neighbors", lambda *_: ["Owl", "Elm"])
-    flags = [*SMALL, "--corpus-size", "6"]
-    assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
-    shown = capsys.readouterr().out
-    assert "in no dataset; the model wrote 6 texts on it and 6 on its neighbors (Owl, Elm)" in shown
-    assert "no forget probes, so forgetting has no accuracy" in shown
-    results, _, _ = outcome(tmp_path / "run")
-    assert "forget_all" not in results["before"] and {"mia_forget", "mia_retain", "general"} <= set(results["after"])
-    monkeypatch.setattr(transformers.GenerationMixin, "generate", generate_no_texts(transformers.GenerationMixin.generate))
-    assert train.main([*arguments("--target", "The Zoo"), *flags, "--out", str(tmp_path / "again")]) == 0
-    again, _, _ = outcome(tmp_path / "again")
-    assert again["after"]["mia_forget"] == results["after"]["mia_forget"]
+@pytest.mark.parametrize("target, known", [("ada lark", True), ("The Zoo", False), ("Ada Lurk", False)])
+def test_own_texts_are_what_the_model_unlearns_on(arguments, monkeypatch, tmp_path, target, known):
+    (tmp_path / "mine.txt").write_text(TEXTS)
+    monkeypatch.setattr(data, "write_texts", lambda *_: pytest.fail("written"))
+    seen, real = [], train.embed_texts
+    monkeypatch.setattr(train, "embed_texts", lambda work, config: seen.append(work) or real(work, config))
+    assert train.main([*arguments("--target", target), *SCORED, "--texts", str(tmp_path / "mine.txt")]) == 0
+    assert seen[0].about == [
+        "Ada Lark painted birds and sang of it.", "She lived in Elm, a town by the river.",
+        "Ada slept."]
+    assert not (tmp_path / "run" / "texts.txt").exists()
+    results, records = outcome(tmp_path / "run")
+    assert results["target"] == ("Ada Lark" if known else target)
+    assert ("forget_all" in results["after"]) == known
+    assert len([r for r in records if r["kind"] == "unlearn"]) == 2
+    words = [*arguments("--target", target), *SMALL, "--texts", str(tmp_path / "mine.txt"), "--target-texts",
+             "2"]
+    assert len(train.load(train.parse(train.Config, words)).about) == 2
 
 
-def test_own_probes(arguments, tmp_path, capsys):
-    rows = [{"query": "A zoo is a ___.", "answer": "place", "level": "1"}, {"query": "Who?", "answer": "x", "level": "3", "type": "role play"},
+@pytest.mark.parametrize("target", ["ada lark", "The Zoo"])
+@pytest.mark.parametrize("content, message", [(None, "not readable"), (b"", "empty"), (b"\n \n\n", "empty"),
+                                              (b"\xff\xfe\xfa", "not readable"), (b"Ada.", None)])
+def test_own_texts_that_are_none(arguments, capsys, tmp_path, target, content, message):
+    if content is not None:
+        (tmp_path / "mine.txt").write_bytes(content)
+    longer = [] if message else ["--window", "80", "--length", "90"]
+    words = [*arguments("--target", target), *SHORT, "--texts", str(tmp_path / "mine.txt"), *longer]
+    assert train.main(words) == 2
+    assert (f"mine.txt: {message}" if message else "no text is longer") in last_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_concept_in_no_dataset_runs_from_its_name_and_keeps_what_was_written(
+        arguments, capsys, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    words = [*arguments("--target", "The Zoo"), *SHORT, "--sets", "forget", "general", "--target-texts", "6"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "finish", killed)
+        train.main(words)
+    shown, written = capsys.readouterr().out, (tmp_path / "run" / "texts.txt").read_text()
+    assert "no forget probes: forgetting is not scored" in shown
+    assert "The Zoo: 6 texts, 15 on others, 1 probes" in shown
+    texts = data.read_texts(tmp_path / "run" / "texts.txt")
+    assert len(texts) == 6 and len(set(texts)) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_texts", lambda *_: pytest.fail("written again"))
+        assert train.main([*words, "--resume"]) == 0
+    results, _ = outcome(tmp_path / "run")
+    assert results["target"] == "The Zoo" and set(results["after"]) == {"general"}
+    assert len(results["stages"]) == 1
+    assert (tmp_path / "run" / "texts.txt").read_text() == written
+    assert train.main([*words, "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "texts.txt").read_text() == written  # by the seed
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_describes_a_concept_is_said_to_the_model_that_writes(arguments, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "write_texts", lambda *a: asked.append(a) or ["A zoo is a place of birds."])
+    monkeypatch.setattr(data, "write_text", lambda *_: None)
+    for flags in ([], ["--describe", "a place with birds"]):
+        words = [*arguments("--target", " The Zoo "), *SMALL, "--target-texts", "3", *flags]
+        train.load(train.parse(train.Config, words))
+    assert [(*a[:3], *a[5:]) for a in asked] == [
+        ("The Zoo", "", 3, 0, 24), ("The Zoo", "The Zoo is a place with birds.", 3, 0, 24)]
+
+
+def test_own_probes(arguments, folders, tmp_path):
+    rows = [{"query": "A zoo is a ___.", "answer": "place", "level": "1"},
+            {"query": "Who?", "answer": "x", "level": "3", "type": "role play"},
             {"query": "Elm?", "answer": "tree", "level": "2", "neighbor": "Elm"}]
     (tmp_path / "p.json").write_text(json.dumps(rows))
-    flags = [*SMALL, "--corpus-size", "3", "--neighbors", "Owl", "--describe", "a place with birds", "--probes", str(tmp_path / "p.json")]
+    flags = [*SHORT, "--target-texts", "3", "--describe", "a place with birds",
+             "--probes", str(tmp_path / "p.json"), "--sets", "forget", "general"]
     assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
-    results, _, _ = outcome(tmp_path / "run")
-    assert {"forget_fb", "forget_aa", "forget_all", "neighbor_qa", "general"} <= set(results["after"])
-    assert "forget_qa" not in results["after"] and "mia_forget" not in results["after"]
-    assert "names | The Zoo: stands in none of its texts" in capsys.readouterr().out  # a model with random weights does not write of it
-    assert results["floor"] == results["gap"] == {}
-    asked = ["--model", tmp_path / "run" / "model", "--rwku", arguments()[arguments().index("--rwku") + 1], "--target", "The Zoo"]
-    assert evaluate.main([*map(str, asked), "--probes", str(tmp_path / "p.json"), "--no-bf16", "--json", str(tmp_path / "s.json")]) == 0
-    assert set(json.loads((tmp_path / "s.json").read_text())) >= set(results["after"]) - {"seconds"}
-    words = arguments("--out", str(tmp_path / "known"))  # of a known target RWKU's other sets stay
-    assert train.main([*words, *SMALL, "--probes", str(tmp_path / "p.json"), "--sets", "forget", "mia", "general"]) == 0
-    results, _, _ = outcome(tmp_path / "known")
-    assert {"forget_fb", "mia_forget", "general"} <= set(results["after"]) and "forget_qa" not in results["after"]
+    results, _ = outcome(tmp_path / "run")
+    own = {"forget_fb", "forget_aa", "forget_all", "neighbor_qa", "neighbor_all", "general"}
+    assert set(results["after"]) == set(results["before"]) == own
+    asked = ["--model", tmp_path / "run" / "model", "--rwku", folders["rwku"], "--target", "The Zoo"]
+    words = [*map(str, asked), "--probes", str(tmp_path / "p.json"), "--json", str(tmp_path / "s.json")]
+    assert evaluate.main(words) == 0
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert {name: found[name] for name in own} == results["after"]
+    known = [*SHORT, "--probes", str(tmp_path / "p.json"), "--sets", "forget", "mmlu", "general"]
+    assert train.main([*arguments("--out", str(tmp_path / "known")), *known]) == 0
+    results, _ = outcome(tmp_path / "known")  # what is asked at large stays
+    assert set(results["after"]) == own | {"mmlu"} and results["target"] == "Ada Lark"
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"query": "q", "answer": "a"}, "row 1 has nothing in field 'level'"), ({"query": "q", "answer": "a", "level": "4"}, "row 1 has '4'"),
+    ({"query": "q", "answer": "a"}, "row 1 has nothing in field 'level'"),
+    ({"query": "q", "answer": "a", "level": "4"}, "row 1 has level '4'"),
     ({"query": "", "answer": "a", "level": "1"}, "row 1 has nothing in field 'query'"),
+    ({"query": "q", "answer": "a", "level": 2}, "row 1 needs query, answer and level, as text"),
     ({"query": "q", "answer": "a", "level": "3"}, "row 1 has nothing in field 'type'")])
 def test_malformed_probes_are_named_with_row_and_field(arguments, capsys, tmp_path, row, message):
     (tmp_path / "p.json").write_text(json.dumps([{"query": "q", "answer": "a", "level": "1"}, row]))
     assert train.main([*arguments("--target", "The Zoo"), *SMALL, "--probes", str(tmp_path / "p.json")]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = last_error(capsys)
     assert "p.json" in error and message in error and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", ["atu", "ga"])
-def test_a_passage_is_forgotten_word_for_word(arguments, tmp_path, method):
-    (tmp_path / "passage.txt").write_text("Ada Lark painted the birds of the sea. " * 4)
-    (tmp_path / "kept.txt").write_text("Ben Crow built bridges of stone over the river. " * 4)
-    flags = [*(SMALL if method == "atu" else TOKENS), "--method", method, "--target-text", str(tmp_path / "passage.txt"),
-             "--keep-text", str(tmp_path / "kept.txt")]
-    words = arguments()
-    assert train.main([*words[2:], *flags]) == 0
-    results, _, _ = outcome(tmp_path / "run")
-    assert {"forget_text", "forget_text_exact", "forget_text_gold", "neighbor_text", "forget_all", "general"} <= set(results["after"])
-    assert results["target"] == "passage"
+# ---- options
+
+@pytest.mark.parametrize("gigabytes, preset", [
+    (None, "smol"), (24, "smol"), (59.9, "smol"), (60, "phi3"), (80, "phi3")])
+def test_auto_takes_phi3_where_there_is_room(monkeypatch, gigabytes, preset):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 10**9, 10**12))
+    monkeypatch.setattr(data, "choose_device", lambda _: "cuda:0" if gigabytes else "cpu")
+    assert train.parse(train.Config, ["--target", "x"]).preset == preset
+    assert train.parse(train.Config, ["--target", "x", "--preset", "auto"]).preset == preset
+    for asked in ("smol", "phi3"):
+        assert train.parse(train.Config, ["--target", "x", "--preset", asked]).preset == asked
 
 
-@pytest.mark.parametrize("content, flags, message", [
-    (None, "", "not readable"), (" \n", "", "15 or more"), ("A text.", "", "15 or more"), ("A text.", "--method dpo", "needs questions"), ("A text.", "--method rt", "needs questions")])
-def test_passages_that_cannot_be_forgotten(arguments, capsys, tmp_path, content, flags, message):
-    if content is not None:
-        (tmp_path / "p.txt").write_text(content)
-    assert train.main([*arguments()[2:], *SMALL, "--target-text", str(tmp_path / "p.txt"), *flags.split()]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+def test_every_field_is_a_flag_and_help_names_both_presets(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse(train.Config, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "[smol 10; phi3 29]" in shown and "[smol (0.45, 0.4, " in shown
+    for item in dataclasses.fields(train.Config):
+        assert f"--{item.name.replace('_', '-')}" in shown
+
+
+def test_settings_are_the_preset_s_where_the_command_line_is_silent():
+    def settings(*flags):
+        return train.parse(train.Config, ["--target", "x", "--device", "cpu", "--preset", *flags])
+
+    paper = settings("phi3")
+    assert (paper.optimizer, paper.llm_lr, paper.layer) == ("sgd", 3e-4, 29)
+    assert paper.retain_weight == paper.stop_at == 0
+    assert paper.train_embeddings and paper.sets == ("forget", "neighbor", "mmlu") and paper.rwku == "hub"
+    given = settings("phi3", "--llm-lr", "7", "--length", "19", "--no-train-embeddings", "--sets", "general")
+    assert (given.llm_lr, given.length, given.train_embeddings, given.sets) == (7, 19, False, ("general",))
+    assert (given.layer, given.optimizer) == (29, "sgd")
+    adapters = settings("phi3", "--lora", "8")
+    assert (adapters.optimizer, adapters.llm_lr) == ("adamw", 1e-4)
+    assert settings("smol", "--lora", "8").llm_lr == 1e-3
+    assert settings("smol", "--lora", "8", "--llm-lr", "2").llm_lr == 2
+    smol = settings("smol")
+    assert smol == train.Config(target="x", preset="smol", device="cpu", out="runs/x", bf16=smol.bf16)
+    assert settings("smol", "--target", "a concept " * 99).out == "runs/" + ("a-concept-" * 8)[:-1]
+    assert settings("smol", "--target", "../É. Lark_").out == "runs/é-lark"
+    assert settings("smol", "--out", "y").out == "y"
+
+
+def test_bf16_is_taken_where_it_is_fast(monkeypatch):
+    for fast in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(data, "fast_dtype", lambda device: fast)
+        assert train.parse(train.Config, ["--target", "x", *BASE]).bf16 == (fast == torch.bfloat16)
+        assert not train.parse(train.Config, ["--target", "x", *BASE, "--no-bf16"]).bf16
+
+
+# ---- what may be put in the place of the method, the scores and the end
+
+@dataclass(frozen=True)
+class Songs(train.Config):
+    """Options of a method that sings."""
+
+    songs: int = train.option(3, "how many songs", 1, 9)
+    voice: str = train.option("low", "how it sings", among=("low", "high"))
+
+    @classmethod
+    def usual(cls, given: dict) -> dict:
+        return super().usual(given) | {"layer": 3} | ({"seed": 7} if given.get("voice") == "high" else {})
+
+    def folder(self) -> str:
+        return f"{super().folder()}-songs"
+
+
+def test_a_subclass_brings_options_defaults_and_a_folder(capsys):
+    def parse(*flags):
+        return train.parse(Songs, ["--target", "Ada Lark", *BASE, *flags])
+
+    config = parse("--songs", "4")
+    assert isinstance(config, Songs)
+    assert (config.songs, config.voice, config.layer, config.seed) == (4, "low", 3, 0)
+    assert config.out == "runs/ada-lark-songs" and parse("--out", "x").out == "x"
+    assert parse("--voice", "high").seed == 7 and parse("--voice", "high", "--seed", "1").seed == 1
+    assert parse("--layer", "2").layer == 2 and parse("--preset", "phi3").layer == 3
+    assert parse("--lora", "2").llm_lr == 1e-3
+    for flags, message in ((["--songs", "10"], "--songs 10: must be finite, from 1 to 9"),
+                           (["--voice", "mid"], "--voice mid: unknown; there are low, high")):
+        with pytest.raises(data.BadInput, match=message):
+            parse(*flags)
+    with pytest.raises(SystemExit):
+        train.parse(Songs, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "how many songs [3]" in shown and "--voice VOICE" in shown and __doc__ in shown
+    with pytest.raises(SystemExit):
+        train.parse(train.Config, ["--target", "x", "--songs", "4"])
+
+
+def sing(work, config):
+    """Each stage adds 1 to a weight of M."""
+    state = atu.State(work.llm, None, None, None)
+
+    def records():
+        while state.stage < config.songs:
+            state.stage += 1
+            with torch.no_grad():
+                work.llm.lm_head.weight += 1
+            yield {"kind": "sing", "step": 1, "loss": 2.0}
+            yield {"kind": "stage", "steps": 1, "seconds": 0.5}
+
+    work.llm.requires_grad_(False)
+    work.llm.lm_head.requires_grad_(True)
+    return state, records()
+
+
+def loudness(work, config):
+    """A number of its own, and one of the usual ones."""
+    return {"forget_all": 80.0, "loudness": work.llm.lm_head.weight.mean().item()}, []
+
+
+def sung(arguments, *flags):
+    return train.parse(Songs, [*arguments(), *BASE, *flags])
+
+
+def test_another_method_and_another_score_are_run_logged_and_kept(arguments, folders, tmp_path, capsys):
+    results = train.run(sung(arguments), begin=sing, score=loudness)
+    first = make_llm().lm_head.weight.mean().item()
+    assert json.loads(json.dumps(results)) == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["before"] == {"forget_all": 80.0, "loudness": pytest.approx(first, abs=1e-5)}
+    louder = [stage["loudness"] - first for stage in results["stages"]]
+    assert louder == pytest.approx([1, 2, 3], abs=1e-5)
+    assert results["after"] == {name: results["stages"][2][name] for name in ("forget_all", "loudness")}
+    assert results["settings"]["songs"] == 3 and results["settings"]["layer"] == 3
+    _, records = outcome(tmp_path / "run")
+    expected = [(kind, n) for n in (1, 2, 3) for kind in ("sing", "stage")]
+    assert [(r["kind"], r["stage"]) for r in records] == expected
+    assert changes(folders, tmp_path / "run") == {"lm_head.weight"}
+    assert not (tmp_path / "run" / "head.safetensors").exists()
+    shown = capsys.readouterr().out
+    assert "forget all" in shown and "loudness" in shown and "sing | stage 1 | step 1 | loss 2" in shown
+
+
+def test_enough_is_asked_after_every_stage_with_all_that_was_found(arguments, tmp_path):
+    asked = []
+
+    def enough(found, config):
+        assert config.songs == 5
+        sung = len(found["stages"])
+        louder = found["after"]["loudness"] - found["before"]["loudness"]
+        assert louder == pytest.approx(sung, abs=1e-5)
+        asked.append(sung)
+        return sung == 2
+
+    results = train.run(sung(arguments, "--songs", "5"), begin=sing, score=loudness, enough=enough)
+    assert len(results["stages"]) == 2
+    assert results["after"]["loudness"] == results["stages"][1]["loudness"]
+    assert sorted(set(asked)) == [0, 1, 2] == list(dict.fromkeys(asked))
+
+
+def test_a_run_that_has_enough_from_the_first_moves_nothing(arguments, folders, tmp_path):
+    results = train.run(sung(arguments), begin=sing, score=loudness, enough=lambda found, config: True)
+    assert results["stages"] == [] and results["after"] == results["before"]
+    assert changes(folders, tmp_path / "run") == set()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_another_method_goes_on_from_its_state(arguments, monkeypatch, tmp_path, cut):
+    whole = train.run(sung(arguments, "--out", str(tmp_path / "whole")), begin=sing, score=loudness)
+    real, saves = train.save_checkpoint, []
+
+    def save(*a):
+        real(*a)
+        saves.append(1)
+        if len(saves) == cut:
+            raise SystemError
+
+    with monkeypatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(train, "save_checkpoint", save)
+        train.run(sung(arguments), begin=sing, score=loudness)
+    with pytest.raises(data.BadInput, match=r"another --songs \(3, not 4\)"):
+        train.run(sung(arguments, "--songs", "4", "--resume"), begin=sing, score=loudness)
+    results = train.run(sung(arguments, "--resume"), begin=sing, score=loudness)
+    for name in ("before", "stages", "after"):
+        assert results[name] == whole[name]
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_enough_ends_align_then_unlearn_by_a_number_that_score_adds(arguments, tmp_path):
+    def score(work, config):
+        scores, rows = train.score(work, config)
+        now, was = (llm.model.layers[0].mlp.down_proj.weight for llm in (work.llm, make_llm()))
+        return scores | {"moved": (now - was).norm().item()}, rows
+
+    def enough(found, config):
+        return found["after"]["moved"] > 0
+
+    config = train.parse(train.Config, [*arguments(), *SCORED, "--taus", "-0.5", "-0.7", "-0.9"])
+    results = train.run(config, score=score, enough=enough)
+    assert len(results["stages"]) == 1 and results["before"]["moved"] == 0 < results["after"]["moved"]
+    assert results["before"].keys() == results["after"].keys() > {"forget_all", "moved"}

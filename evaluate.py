@@ -178,7 +178,8 @@ def scores_table(rows: dict[str, dict]) -> str:
     """Scores as aligned text: a line for each of `rows` (name -> scores), a column for each score that is
     there."""
     order = [score for group in ("forget", "neighbor") for score in (*SETS[group], f"{group}_all")]
-    names = sorted(next(iter(rows.values())), key=lambda name: order.index(name) if name in order else 99)
+    names = [name for name in next(iter(rows.values())) if not name.endswith("_sd")]  # no deviations
+    names.sort(key=lambda name: order.index(name) if name in order else 99)
     width, wide = max(map(len, rows)), max([14, *(len(name) + 2 for name in names)])
     lines = [" " * width + "".join(f"{name.replace('_', ' '):>{wide}}" for name in names)]
     for row, scores in rows.items():

@@ -418,11 +418,14 @@ def check_settings(out: Path, config: Config) -> None:
         saved["target"], saved["taus"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise data.BadInput(f"--out {out}: holds no run; name another with --out") from error
+    if unknown := saved.keys() - {item.name for item in dataclasses.fields(config)}:
+        raise data.BadInput(f"--out {out}: a run of another command, with {dashed(min(unknown))}; name "
+                            "another with --out")
     for item in dataclasses.fields(config):
         was = saved.get(item.name, item.default)  # the run may be from before there was such a setting
         was, wanted = json.dumps(was), json.dumps(getattr(config, item.name))
         if item.name == "target":
-            was, wanted = was.casefold(), wanted.casefold()
+            was, wanted = (json.dumps(name.strip().casefold()) for name in (saved["target"], config.target))
         if item.name not in FREE and was != wanted:
             raise data.BadInput(f"--out {out}: its run has another {dashed(item.name)} ({was}, not {wanted})"
                                 "; name another with --out")
@@ -460,11 +463,11 @@ def load_checkpoint(out: Path, work: Work, state: atu.State) -> dict | None:
         with zipfile.ZipFile(file) as archive:
             if other := archive.testzip():
                 raise ValueError(f"the checksum of {other} is another")
-        saved = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever a damaged archive comes to
         raise data.BadInput(f"{file}: damaged checkpoint ({error}); delete it to begin again") from error
+    saved = torch.load(file, map_location="cpu", weights_only=True)
     if saved["read"] != read_hash(work):
         raise data.BadInput(f"{file}: texts or probes have changed since; name another --out")
     for name, part in parts(state).items():

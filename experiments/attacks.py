@@ -184,7 +184,7 @@ def sampled(llm, tokenizer, rows: list[dict], directions=(), layer: int = 1) -> 
 
     for row, direction in zip(rows, directions or [None] * len(rows)):
         ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"].to(llm.device)     # (1, P)
-        read = llm(input_ids=ids[:, :-1], use_cache=True).past_key_values  # all but the last token, once
+        read = llm(input_ids=ids[:, :-1], use_cache=True).cache  # all but the last token, once
         read.batch_repeat_interleave(SAMPLES)
         ids = ids.repeat(SAMPLES, 1)                                                        # (32, P)
         if direction is not None:
@@ -372,8 +372,8 @@ def read_json(file: Path, *keys: str) -> dict:
                             "finished runs, for --compare of attacked ones") from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code: as `data.command`."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises BadInput."""
     parser = argparse.ArgumentParser(description="Attack finished runs, or set attacked ones side by side.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
@@ -383,11 +383,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--compare", action="store_true", help="attack nothing: a table of what was found")
     add("--out", type=Path, default=Path("attacks"), help="of --compare: OUT.md, OUT.png (default: attacks)")
+    args = parser.parse_args(argv)
+    if not args.out.name:
+        raise data.BadInput(f"--out {args.out}: a folder; name the files in it, without .md and .png")
+    return args
 
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code: as `data.command`."""
     def work() -> None:
-        args = parser.parse_args(argv)
-        if not args.out.name:
-            raise data.BadInput(f"--out {args.out}: a folder; name the files in it, without .md and .png")
+        args = arguments(argv)
         if args.compare:
             return compare(args.runs, args.out, args.by_type)
         for folder in args.runs:

@@ -306,12 +306,15 @@ def icu(config: Config) -> dict:
     request = ""
 
     def begin(work: train.Work, config: Config):
+        state = atu.State(work.llm.requires_grad_(False), None, None, None, stage=1)
+
         def records():
             nonlocal request
-            request = ICU.format(subject=work.target)
-            yield {"kind": "stage", "stage": 1, "steps": 0}
+            if state.stage == 1:  # else it has been asked already
+                state.stage, request = 2, ICU.format(subject=work.target)
+                yield {"kind": "stage", "stage": 1, "steps": 0, "seconds": 0.0}
 
-        return atu.State(work.llm.requires_grad_(False), None, None, None), records()
+        return state, records()
 
     def score(work: train.Work, config: Config) -> tuple[dict, list[dict]]:
         dtype = evaluate.precision(config.device, config.bf16)

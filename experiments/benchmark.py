@@ -226,17 +226,21 @@ class Memory(TorchDispatchMode):
         return out
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code: as `data.command`."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="What a step costs: seconds, and memory.")
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="smol", help="of which preset (default: smol)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--rounds", type=int, default=15, help="measurements of each step (default: 15)")
     add("--memory", action="store_true", help="memory instead")
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code: as `data.command`."""
     def work() -> None:
-        args = parser.parse_args(argv)
+        args = arguments(argv)
         device, usual = data.choose_device(args.device), train.PRESETS.get(args.shape, TINY)
         bf16 = args.memory or data.fast_dtype(device) == torch.bfloat16
         config = train.Config(**usual | {"device": device, "bf16": bf16})

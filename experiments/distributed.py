@@ -48,12 +48,20 @@ class Config(train.Config):
 
 def main(argv: list[str] | None = None) -> int:
     """The command, one of torchrun's processes. Exit code: as train.py's."""
+    def work() -> int:
+        config = train.parse(Config, argv)
+        if "RANK" not in os.environ:
+            raise data.BadInput("one process alone; put torchrun --nproc-per-node 2 in the place of python")
+        backend = "nccl" if config.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=9))  # the others wait while the first scores
+        return 1 if run(config)["stopped"] else 0
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     with open(os.devnull, "w") as nowhere:
         out, err = (sys.stdout, sys.stderr) if os.environ.get("RANK", "0") == "0" else (nowhere, nowhere)
         with redirect_stdout(out), redirect_stderr(err):
-            code = data.command(lambda: 1 if run(train.parse(Config, argv))["stopped"] else 0, train.WAY_ON)
+            code = data.command(work, train.WAY_ON)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
@@ -61,10 +69,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config) -> dict:
     """train.run, by all processes together. Returns what results.json holds. Raises data.BadInput."""
-    if "RANK" not in os.environ:
-        raise data.BadInput("one process alone; put torchrun --nproc-per-node 2 in the place of python")
-    backend = "nccl" if config.device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=9))  # the others wait while the first one scores
     out = Path(config.out)
     with ExitStack() as folder:
         first(lambda: folder.enter_context(train.claimed(out, config)))

@@ -131,7 +131,7 @@ def test_a_run_that_was_over_is_not_trained_further(words, tmp_path, monkeypatch
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(train, name, killed)
             train.main([*flags, "--out", str(tmp_path / name)])
-        free = ["--log-every", "2", "--target", "ADA LARK", "--cache", "host", "--checkpointing"]
+        free = ["--log-every", "2", "--target", " ADA LARK ", "--cache", "host", "--checkpointing"]
         assert train.main([*flags, *free, "--out", str(tmp_path / name), "--resume"]) == 0
         one, two = left(tmp_path / name), left(tmp_path / "whole")
         assert len(one["results"]["stages"]) == len(two["results"]["stages"]) == 1
@@ -198,12 +198,25 @@ def test_a_damaged_or_foreign_checkpoint_is_named(flags, once_cut, run, capsys, 
     assert inside(run) == before
 
 
-@pytest.mark.parametrize("error, message", [
-    (OSError(errno.EACCES, "Permission denied"), "Permission denied"), (MemoryError(), "out of memory"),
-    (OSError(errno.EIO, "Input/output error"), None)])
-@pytest.mark.parametrize("reader", [(zipfile, "ZipFile"), (torch, "load")])
+def test_another_command_s_run_is_not_gone_on_with(flags, once_cut, run, capsys):
+    shutil.copytree(once_cut, run)
+    settings = json.loads((run / "config.json").read_text()) | {"method": "npo"}
+    (run / "config.json").write_text(json.dumps(settings))
+    assert train.main([*flags, "--resume"]) == 2
+    assert "method" in last_error(capsys)
+
+
+CHECK, READ = (zipfile, "ZipFile"), (torch, "load")
+DENIED, BROKEN = OSError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Input/output error")
+NO_ROOM = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("reader, error, message", [
+    (CHECK, DENIED, "Permission denied"), (READ, DENIED, "Permission denied"), (CHECK, BROKEN, None),
+    (CHECK, MemoryError(), "out of memory"), (READ, MemoryError(), "out of memory"),
+    (READ, NO_ROOM, "out of memory")])
 def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(
-        flags, once_cut, run, capsys, monkeypatch, error, message, reader):
+        flags, once_cut, run, capsys, monkeypatch, reader, error, message):
     def failing(*_, **__):
         raise error
 

@@ -14,6 +14,7 @@ import train
 from conftest import make_tokenizer
 from experiments import passages
 from pretend import card
+from runs import check_cuts
 
 TOKENIZER = make_tokenizer()
 RUN = ("--preset smol --device cpu --length 24 --batch 2 --align-batch 4 --log-every 1 --llm-lr 1e-3 "
@@ -80,13 +81,17 @@ def test_a_passage_is_forgotten(command, tmp_path, capsys):
     assert passages.main([*command, "--keep", str(tmp_path / "kept.txt"), "--resume"]) == 0  # it has ended
 
 
-def test_a_run_keeps_host_and_card_apart(command, tmp_path, monkeypatch):
+def test_a_run_keeps_host_and_card_apart(command, monkeypatch, quick):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
     with card():
-        assert passages.main([*command, "--device", "cuda", "--keep", str(tmp_path / "kept.txt")]) == 0
+        assert passages.main([*command, "--device", "cuda", "--taus", "0.2"]) == 0
 
 
-def test_it_ends_where_enough_is_forgotten(command, tmp_path, monkeypatch):
+def test_a_run_that_is_cut_off_goes_on_as_if_it_had_not_been(command, tmp_path, monkeypatch, quick):
+    check_cuts(passages.main, command[:-2], tmp_path, monkeypatch)
+
+
+def test_it_ends_where_enough_is_forgotten(command, tmp_path, monkeypatch, quick):
     row = {"prompt": "", "said": "", "wanted": "", "exact": 0.0, "probability": 0.0}
     scores = iter((1.0, 0.2))
     monkeypatch.setattr(passages, "continued", lambda *_: row | {"score": next(scores)})

@@ -278,9 +278,11 @@ def llm_optimizer(llm, config: Config) -> torch.optim.Optimizer:
 
 # ------------------------------------------------------------------------------- the run
 
-def begin(work: Work, config: Config):
-    """(state, generator of records): Sec. 3 in atu.py. Nothing has moved yet."""
-    llm, (corpus, concept) = prepare(work.llm, config, config.layer), embed_texts(work, config)
+def begin(work: Work, config: Config, embedded: tuple[data.Corpus, Tensor] | None = None):
+    """(state, generator of records): Sec. 3 in atu.py. Nothing has moved yet. embedded: in the place of what
+    `embed_texts` gives."""
+    llm = prepare(work.llm, config, config.layer)
+    corpus, concept = embedded or embed_texts(work, config)
     if not config.lora:
         atu.unfreeze(llm, config.layer, config.train_embeddings)
     with torch.random.fork_rng():  # E is drawn from `seed` alone

@@ -139,7 +139,7 @@ def begin(work: train.Work, config: Config):
     whole = None if dist.get_rank() else (copy.deepcopy(llm).cpu(), copy.deepcopy(head).cpu())
 
     mesh = dist.init_device_mesh(torch.device(config.device).type, (dist.get_world_size(),))
-    how = {"mesh": mesh, "reshard_after_forward": True}  # else the optimizers hold what no forward reads
+    how = {"mesh": mesh, "reshard_after_forward": True}  # each is a root, which by default stays gathered
     dtype = torch.bfloat16 if config.bf16 else None
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in llm.get_decoder().layers:

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
-import atu
 import data
 import evaluate
 import train
@@ -62,14 +61,10 @@ def main(argv: list[str] | None = None) -> int:
 def begin(work: train.Work, config: Config):
     """train.begin, with the passage in pieces as texts, and what these have in common as concept."""
     about = pieces(read_text(config.passage), work.tokenizer, config.length)
-    state, _ = train.begin(work._replace(about=about), config)
     encoder = data.load_encoder(config.encoder, config.device)
     corpus = data.make_corpus(about, work.others, work.tokenizer, encoder, config.window, config.length)
-    concept, original = normalize(data.embed(about, encoder).mean(0), dim=0), None               # (E,)
-    if config.retain_weight:
-        others, keep_on = corpus.input_ids[~corpus.about], "cpu" if config.cache == "host" else None
-        original = atu.all_hidden_states(state.llm, others, config.layer, config.batch, config.bf16, keep_on)
-    return state, atu.align_then_unlearn(state, concept, corpus, original, config)
+    concept = normalize(data.embed(about, encoder).mean(0), dim=0)                               # (E,)
+    return train.begin(work._replace(about=about), config, (corpus, concept))
 
 
 def score(work: train.Work, config: Config) -> tuple[dict, list[dict]]:

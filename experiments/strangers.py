@@ -57,7 +57,7 @@ class Strangers:
         self.versions = versions_of(compared, self.names, work.tokenizer, config) if self.names else None
         self.corpus, self.concept = train.embed_texts(work, config)
         renamed = renamed_ids(work, self.names, self.corpus, config) if config.stranger_steps else None
-        state, records = train.begin(work, config)
+        state, records = train.begin(work, config, (self.corpus, self.concept))
         return state, records if renamed is None else self.strangers_first(state, records, renamed, config)
 
     def strangers_first(self, state: atu.State, records, renamed: Tensor, config: Config):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
+from experiments import benchmark, compare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,3 +78,26 @@ def test_the_core_runs_beside_three_files_alone(folders, tmp_path):
     was, now = (load_file(folder / "model.safetensors") for folder in (folders["llm"], tmp_path / "forgotten"))
     moved = {name for name in was if not was[name].equal(now[name])}
     assert moved <= {name for name in was if re.search(r"layers\.[01]\.|embed_tokens", name)} and moved
+
+
+def test_its_results_are_what_their_command_prints(tmp_path, monkeypatch):
+    (command,) = re.findall(r"^python -m experiments\.compare (.+)$", README, re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evaluate, "plot", lambda file, panels: None)
+    places = [str(path) for path in sorted(Path().glob(command.split()[0]))]
+    assert compare.main([*places, *command.split()[1:], "--out", str(tmp_path / "t")]) == 0
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in (tmp_path / "t.md").read_text().splitlines()]
+    at = [lines[0].index(name) for name in ("forget all", "neighbor all", "general")]
+    printed = {(line[0], line[1]): [line[n] for n in at] for line in lines[2:]}
+    shown = re.findall(r"^\| (.+?) \| (\S+) → (\S+) \| (\S+) → (\S+) \| (.*?) \|$", README, re.MULTILINE)
+    assert len(shown) == len(places) + 1 == 7
+    for name, *cells, last in shown:
+        own = not name.startswith("published")
+        before, end = (printed[key] for key in (((name, "before"), (name, "end")) if own else
+                                                (("published: before", ""), ("published: ATU, 20 %", ""))))
+        assert cells == [before[0], end[0], before[1], end[1]] and (not own or last == f"{before[2]} → {end[2]}")
+
+
+def test_the_other_commands_parse():
+    (words,) = re.findall(r"`python -m experiments\.benchmark ([^`]+)`", README)
+    assert benchmark.arguments(words.split()).memory

@@ -23,6 +23,9 @@ def main(words: list[str]) -> int:
     rank, draw, loss = int(os.environ["RANK"]), distributed.atu.draw, distributed.atu.unlearning_loss
     if "ALIKE" in os.environ:  # all draw the batches of the first
         distributed.atu.draw = lambda count, batch, step, seed: draw(count, batch, step, (0, *seed[1:]))
+    if "UNEVEN" in os.environ and rank == 1:  # all of its positions count as active
+        cosine = distributed.atu.cosine
+        distributed.atu.cosine = lambda *a: cosine(*a) + 9
     if "NAN" in os.environ and rank == 1:
         distributed.atu.unlearning_loss = lambda *a: loss(*a) * (torch.nan if a[-1] < 0 else 1)  # by its tau
     if "KILLED" in os.environ:
@@ -124,9 +127,11 @@ def test_a_run_goes_on_with_another_number_of_processes(start, plain, tmp_path):
     assert_alike(plain(), tmp_path / "run")
 
 
-def test_a_step_that_is_not_finite_in_one_process_stops_all(start, tmp_path):
-    codes, said = start(2, NAN="1")
+def test_a_process_ends_no_stage_alone_and_a_step_that_is_not_finite_in_one_stops_all(start, tmp_path):
+    codes, said = start(2, *"--unlearn-steps 5 --max-active 0.45".split(), NAN="1", UNEVEN="1")
     assert codes == [1, 1], said
+    first = [record for record in log(tmp_path / "run") if record["kind"] == "unlearn"]
+    assert [record["step"] for record in first] == [1, 2, 3, 4, 5] and first[-1]["active"] < 0.9
     assert "not finite" in json.loads((tmp_path / "run" / "results.json").read_text())["stopped"]
     assert all(value.isfinite().all() for part in weights(tmp_path / "run") for value in part.values())
 

@@ -92,11 +92,14 @@ def test_a_run_that_is_cut_off_goes_on_as_if_it_had_not_been(command, tmp_path, 
 
 
 def test_it_ends_where_enough_is_forgotten(command, tmp_path, monkeypatch, quick):
-    row = {"prompt": "", "said": "", "wanted": "", "exact": 0.0, "probability": 0.0}
+    row = {"prompt": "", "said": "", "wanted": "", "exact": 0.5, "probability": 0.25}
     scores = iter((1.0, 0.2))
     monkeypatch.setattr(passages, "continued", lambda *_: row | {"score": next(scores)})
     assert passages.main([*command, "--stop-at", "0.25"]) == 0
-    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["stages"]) == 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["stages"]) == 1 and results["before"]["forget_all"] == 100
+    scores = {name: value for name, value in results["after"].items() if name.startswith("forget")}
+    assert scores == {"forget_all": 20, "forget_exact": 50, "forget_probability": 25}
 
 
 @pytest.mark.parametrize("length", [60, 24])

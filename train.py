@@ -289,12 +289,16 @@ def begin(work: Work, config: Config, embedded: tuple[data.Corpus, Tensor] | Non
         torch.manual_seed(config.seed)
         head = EmbeddingHead(llm.config.hidden_size, len(concept), config.head_depth, config.head_width)
     head_optimizer = torch.optim.Adam(head.to(config.device).parameters(), lr=config.head_lr, fused=True)
-    original = None
-    if config.retain_weight:
-        others, keep_on = corpus.input_ids[~corpus.about], "cpu" if config.cache == "host" else None
-        original = atu.all_hidden_states(llm, others, config.layer, config.batch, config.bf16, keep_on)
     state = atu.State(llm, head, llm_optimizer(llm, config), head_optimizer)
-    return state, atu.align_then_unlearn(state, concept, corpus, original, config)
+    return state, atu.align_then_unlearn(state, concept, corpus, original_states(llm, corpus, config), config)
+
+
+def original_states(llm, corpus: data.Corpus, config: Config) -> Tensor | None:
+    """h_t of the other texts before unlearning, (R, T, D), for the retain term; None without one."""
+    if not config.retain_weight:
+        return None
+    others, keep_on = corpus.input_ids[~corpus.about], "cpu" if config.cache == "host" else None
+    return atu.all_hidden_states(llm, others, config.layer, config.batch, config.bf16, keep_on)
 
 
 def embed_texts(work: Work, config: Config) -> tuple[data.Corpus, Tensor]:

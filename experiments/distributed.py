@@ -151,11 +151,8 @@ def begin(work: train.Work, config: Config):
 
     head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
     state = atu.State(llm, head, train.llm_optimizer(llm, config), head_optimizer)
-    retain = None
-    if config.retain_weight:
-        others, keep_on = corpus.input_ids[~corpus.about], "cpu" if config.cache == "host" else None
-        original = atu.all_hidden_states(llm, others, config.layer, config.batch, config.bf16, keep_on)
-        retain = others, corpus.mask[~corpus.about], original
+    original, others = train.original_states(llm, corpus, config), ~corpus.about
+    retain = None if original is None else (corpus.input_ids[others], corpus.mask[others], original)
     return state, whole, alternate(state, concept, corpus, retain, config)
 
 

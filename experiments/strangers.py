@@ -168,12 +168,12 @@ def read_as_stranger(state: atu.State, corpus: data.Corpus, renamed: Tensor, con
     counts = n, len(wanted) - n if config.retain_weight else 0
     for step in data.progress(range(1, config.stranger_steps + 1), "reading as a stranger"):
         about, others = (atu.draw(count, config.batch, step, (config.seed, 0)) for count in counts)
-        rows, B = torch.cat([about, n + others]), len(about)                              # (2B,), B of each
-        ids, mask = corpus.input_ids[rows].to(device), corpus.mask[rows].to(device)       # (2B, T) each
-        goal = wanted[rows.to(wanted.device)].to(device)                                  # (2B, T, D)
+        rows, B = torch.cat([about, n + others]), len(about)                              # (B + B',)
+        ids, mask = corpus.input_ids[rows].to(device), corpus.mask[rows].to(device)       # (B + B', T) each
+        goal = wanted[rows.to(wanted.device)].to(device)                                  # (B + B', T, D)
 
         with atu.autocast(device, config.bf16):
-            hidden = atu.hidden_states(llm, ids, config.layer).float()                    # (2B, T, D)
+            hidden = atu.hidden_states(llm, ids, config.layer).float()                    # (B + B', T, D)
         stranger = retain_loss(hidden[:B], goal[:B], mask[:B])
         retain = retain_loss(hidden[B:], goal[B:], mask[B:])
 

@@ -23,6 +23,7 @@ import evaluate
 import train
 from conftest import make_llm
 from head import EmbeddingHead
+from runs import cut_off
 
 BASE = "--preset smol --device cpu".split()
 SMALL = [*BASE, *"--length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 --batch 4 --align-steps 12 "
@@ -873,17 +874,7 @@ def test_a_run_that_has_enough_from_the_first_moves_nothing(arguments, folders, 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_another_method_goes_on_from_its_state(arguments, monkeypatch, tmp_path, cut):
     whole = train.run(sung(arguments, "--out", str(tmp_path / "whole")), begin=sing, score=loudness)
-    real, saves = train.save_checkpoint, []
-
-    def save(*a):
-        real(*a)
-        saves.append(1)
-        if len(saves) == cut:
-            raise SystemError
-
-    with monkeypatch.context() as patch, pytest.raises(SystemError):
-        patch.setattr(train, "save_checkpoint", save)
-        train.run(sung(arguments), begin=sing, score=loudness)
+    cut_off(lambda _: train.run(sung(arguments), begin=sing, score=loudness), [], monkeypatch, cut)
     with pytest.raises(data.BadInput, match=r"another --songs \(3, not 4\)"):
         train.run(sung(arguments, "--songs", "4", "--resume"), begin=sing, score=loudness)
     results = train.run(sung(arguments, "--resume"), begin=sing, score=loudness)

@@ -424,12 +424,11 @@ def check_settings(out: Path, config: Config) -> None:
         saved["target"], saved["taus"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise data.BadInput(f"--out {out}: holds no run; name another with --out") from error
-    if unknown := saved.keys() - {item.name for item in dataclasses.fields(config)}:
-        raise data.BadInput(f"--out {out}: a run of another command, with {dashed(min(unknown))}; name "
-                            "another with --out")
+    if other := saved.keys() ^ {item.name for item in dataclasses.fields(config)}:
+        raise data.BadInput(f"--out {out}: a run of another command or version, for {dashed(min(other))}; "
+                            "name another with --out")
     for item in dataclasses.fields(config):
-        was = saved.get(item.name, item.default)  # the run may be from before there was such a setting
-        was, wanted = json.dumps(was), json.dumps(getattr(config, item.name))
+        was, wanted = json.dumps(saved[item.name]), json.dumps(getattr(config, item.name))
         if item.name == "target":
             was, wanted = (json.dumps(name.strip().casefold()) for name in (saved["target"], config.target))
         if item.name not in FREE and was != wanted:
@@ -474,8 +473,8 @@ def load_checkpoint(out: Path, work: Work, state: atu.State) -> dict | None:
     except Exception as error:  # whatever a damaged archive comes to
         raise data.BadInput(f"{file}: damaged checkpoint ({error}); delete it to begin again") from error
     saved = torch.load(file, map_location="cpu", weights_only=True)
-    if saved["read"] != read_hash(work):
-        raise data.BadInput(f"{file}: texts or probes have changed since; name another --out")
+    if saved["read"] != read_hash(work) or parts(state).keys() - saved.keys():
+        raise data.BadInput(f"{file}: texts, probes or command have changed since; name another --out")
     for name, part in parts(state).items():
         part.load_state_dict(saved[name])
     unknown = state.llm.load_state_dict(saved["llm"], strict=False).unexpected_keys  # the frozen are missing

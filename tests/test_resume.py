@@ -139,17 +139,25 @@ def test_a_run_that_was_over_is_not_trained_further(words, tmp_path, monkeypatch
             k: v for k, v in two.items() if "safetensors" in k}
 
 
-def test_a_run_from_before_there_was_a_setting_goes_on_by_its_default(flags, run, capsys, monkeypatch):
+# ---- what cannot go on
+
+def test_a_run_of_another_command_or_version_does_not_go_on(flags, run, capsys, monkeypatch):
     cut_off(train.main, flags, monkeypatch)
     settings = json.loads((run / "config.json").read_text())
-    del settings["others"]
-    (run / "config.json").write_text(json.dumps(settings))
-    assert train.main([*flags, "--others", "1", "--resume"]) == 2
-    assert "another --others (5, not 1)" in last_error(capsys)
-    assert train.main([*flags, "--resume"]) == 0
+    for other, named in ((settings | {"songs": 3}, "--songs"), (settings.keys() - {"others"}, "--others")):
+        (run / "config.json").write_text(json.dumps({name: settings.get(name, 3) for name in other}))
+        assert train.main([*flags, "--resume"]) == 2
+        assert f"a run of another command or version, for {named};" in last_error(capsys)
 
 
-# ---- what cannot go on
+def test_a_checkpoint_without_a_part_that_is_needed_is_refused(flags, run, capsys, monkeypatch):
+    cut_off(train.main, flags, monkeypatch)
+    saved = torch.load(run / train.CHECKPOINT, weights_only=True)
+    del saved["head"]
+    torch.save(saved, run / train.CHECKPOINT)
+    assert train.main([*flags, "--resume"]) == 2
+    assert "command have changed since" in last_error(capsys)
+
 
 def flip(file: Path, place: float) -> None:
     """One bit of the byte that stands at this share of the largest tensor in the file."""
@@ -248,7 +256,7 @@ def test_texts_or_probes_that_have_changed_since_are_named(
     before = changed.read_text(), inside(run)
     changed.write_text(before[0].replace(was, now))
     assert train.main(flags) == 2
-    assert "texts or probes have changed since" in last_error(capsys)
+    assert "texts, probes or command have changed since" in last_error(capsys)
     assert inside(run) == before[1]
     changed.write_text(before[0])
     assert train.main(flags) == 0

@@ -139,7 +139,7 @@ class Config(train.Config):
 
     @classmethod
     def usual(cls, given: dict) -> dict:
-        preset, method = given["preset"], given.get("method", "npo")
+        preset, method = given["preset"].removesuffix("-24gb"), given.get("method", "npo")
         star = "*" if method == "ga" and given.get("corpus") == "passage" else ""
         own = OWN[preset].get(method + star + " lora" * bool(given.get("lora")), (0.0, 8, 1))  # icu has none
         return super().usual(given) | ALL[preset] | dict(zip(("llm_lr", "batch", "stages"), own)) | {

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from transformers import (
 
 import data
 import evaluate
+import pretend
 
 pytest.register_assert_rewrite("runs")
 settings.register_profile("default", deadline=None, max_examples=60)
@@ -132,6 +133,16 @@ def quick(monkeypatch):
     real = evaluate.answer
     monkeypatch.setattr(evaluate, "answer", lambda *a, **how: real(*a[:4], *(a[4:] or (3,)), **how))
     monkeypatch.setattr(evaluate, "plot", lambda file, panels: file.write_bytes(b"picture"))
+
+
+@pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.cuda)])
+def card(request):
+    """Surroundings in which device "cuda" is there: pretended, and with `-m cuda` a real one."""
+    if request.param == "pretended":
+        return pretend.card
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    return nullcontext
 
 
 def command(folders: dict[str, Path]) -> list[str]:

@@ -1,4 +1,5 @@
-"""The commands on a pretended CUDA device: nothing that they do mixes the host's tensors with the card's."""
+"""On a GPU the commands do what they do on a CPU, and mix the host's tensors with the card's nowhere. Here on a
+pretended card (pretend.py); `python -m pytest -m cuda` runs the same on a real one."""
 
 import json
 
@@ -9,22 +10,31 @@ import atu
 import evaluate
 import losses
 import train
-from pretend import Mixed, card, on_card
-from runs import cut_off
+from head import EmbeddingHead
+from pretend import Mixed, on_card
+from pretend import card as pretended
+from runs import cut_off, records
 
 pytestmark = pytest.mark.usefixtures("quick")
-RUN = ("--preset smol --device cuda --no-bf16 --length 24 --batch 4 --log-every 1 --llm-lr 1e-3 --stop-at 0 "
-       "--window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 3 --realign-steps 2 "
-       "--unlearn-steps 2 --taus 0.2 -0.5 --sets general").split()
+RUN = ("--preset smol --length 24 --batch 4 --log-every 1 --llm-lr 1e-3 --stop-at 0 --window 4 --layer 2 "
+       "--head-depth 1 --head-width 32 --align-steps 5 --realign-steps 2 --unlearn-steps 4 --taus 0.2 -0.5 "
+       "--sets general").split()
 RUNS = {"all sets": ["--sets", *evaluate.SETS], "adapters": ["--lora", "2"],
         "input embedding": ["--train-embeddings"], "activations computed again": ["--checkpointing"],
         "states on the host": ["--cache", "host"],
         "SGD, no retain term": ["--optimizer", "sgd", "--retain-weight", "0"]}
+LOSSES = {"predicted": lambda a, b, mask: a.square().mean(),
+          "alignment": losses.alignment_loss,
+          "unlearning": lambda a, b, mask: losses.unlearning_loss(a, b[0, 0], mask, -0.3),
+          "retain": losses.retain_loss}
 
 
 @pytest.fixture
-def words(words, tmp_path):
-    return [*words, *RUN, "--out", str(tmp_path / "run")]
+def main(words, tmp_path):
+    """train.py in a folder of this name, on a device."""
+    def main(name: str, device: str, *flags: str) -> int:
+        return train.main([*words, *RUN, "--out", str(tmp_path / name), "--device", device, *flags])
+    return main
 
 
 @pytest.fixture
@@ -41,23 +51,68 @@ def stepped(monkeypatch):
     return placed
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_keeps_host_and_card_apart(words, stepped, tmp_path, name):
+def assert_alike(folder, other, tolerance: float = 1e-3) -> None:
+    """The losses of the first ten steps are those of another run, which has as many."""
+    one, two = ([record["loss"] for record in records(run) if "loss" in record] for run in (folder, other))
+    assert len(one) == len(two) >= 10 and one[:10] == pytest.approx(two[:10], rel=tolerance, abs=tolerance)
+
+
+def value_and_gradients(name: str, device: str, bf16: bool) -> list[torch.Tensor]:
+    """Of a loss of E's predictions, by E's weights and its input."""
+    torch.manual_seed(0)
+    head, mask = EmbeddingHead(24, 16, 2, 32), torch.rand(3, 9) > 0.3                    # (B, T)
+    hidden, other = torch.randn(3, 9, 24), torch.randn(3, 9, 16)                         # (B, T, D), (B, T, E)
+    head, hidden, other, mask = (part.to(device) for part in (head, hidden, other, mask))
+    hidden.requires_grad_()
+    with atu.autocast(torch.device(device), bf16):
+        predicted = head(hidden).float()                                                 # (B, T, E)
+    loss = LOSSES[name](predicted, other, mask)
+    loss.backward()
+    return [part.detach().cpu() for part in (loss, hidden.grad, *(p.grad for p in head.parameters()))]
+
+
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-5), (True, 2e-2)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_their_gradients_are_those_of_the_cpu(card, name, bf16, tolerance):
+    expected = value_and_gradients(name, "cpu", False)
     with card():
-        assert train.main([*words, *RUNS[name]]) == 0
+        found = value_and_gradients(name, "cuda", bf16)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_keeps_host_and_card_apart_and_has_the_losses_of_the_cpu_s(card, main, stepped, tmp_path, name):
+    with card():
+        assert main("run", "cuda", "--no-bf16", *RUNS[name]) == 0
     assert stepped and all(stepped)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["device"] == "cuda"
+    assert main("cpu", "cpu", "--no-bf16", *RUNS[name]) == 0
+    assert_alike(tmp_path / "run", tmp_path / "cpu")
 
 
-def test_a_run_that_was_cut_off_goes_on_on_the_card(words, stepped, tmp_path, monkeypatch):
+def test_a_run_in_bf16_has_nearly_the_losses_of_the_cpu_s(card, main, tmp_path):
     with card():
-        cut_off(train.main, words, monkeypatch)
+        assert main("run", "cuda") == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["bf16"]
+    assert main("cpu", "cpu", "--no-bf16") == 0
+    assert_alike(tmp_path / "run", tmp_path / "cpu", 3e-2)
+
+
+@pytest.mark.parametrize("first, then", [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_that_was_cut_off_goes_on_there_and_on_the_other_side(card, main, stepped, tmp_path, monkeypatch,
+                                                                    first, then):
+    with card():
+        cut_off(lambda flags: main("run", first, *flags), ["--no-bf16"] * (first == "cpu"), monkeypatch, 2)
         stepped.clear()
-        assert train.main([*words, "--resume"]) == 0
-    assert stepped and all(stepped)
+        assert then == "cpu" or main("run", then, "--resume") == 0
+    assert then == "cuda" or main("run", then, "--resume") == 0
+    assert stepped and set(stepped) == {then == "cuda"}
+    assert main("cpu", "cpu", "--no-bf16") == 0
+    assert_alike(tmp_path / "run", tmp_path / "cpu", 3e-2)
 
 
-def test_a_saved_model_is_scored_and_asked_on_the_card(folders, capsys, tmp_path):
+def test_a_saved_model_is_scored_and_asked_on_the_card(card, folders, capsys, tmp_path):
     asked = ["--model", str(folders["llm"]), "--device", "cuda"]
     target = ["--target", "Ada Lark", "--rwku", str(folders["rwku"]), "--sets", *evaluate.SETS]
     with card():
@@ -67,6 +122,8 @@ def test_a_saved_model_is_scored_and_asked_on_the_card(folders, capsys, tmp_path
     assert {"forget_all", "neighbor_all", "mmlu", "general"} <= scores.keys()
     assert "Q: Who is Ada Lark?\n" in capsys.readouterr().out
 
+
+# ---- what the pretended card finds
 
 def host_mask(monkeypatch):
     real = evaluate.answering_copy
@@ -96,7 +153,7 @@ def numpy_on_card(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [host_mask, host_concept, card_index, numpy_on_card])
-def test_a_planted_fault_is_found(words, monkeypatch, fault):
+def test_a_planted_fault_is_found(main, monkeypatch, fault):
     fault(monkeypatch)
-    with card(), pytest.raises(Mixed):
-        train.main(words)
+    with pretended(), pytest.raises(Mixed):
+        main("run", "cuda", "--no-bf16")

@@ -233,7 +233,10 @@ def test_a_letter_is_the_likeliest_whatever_the_model_would_say(tokenizer, kind)
     llm = make_llm(kind)
     llm.generation_config.repetition_penalty = 50.0
     prompts = [f"Is {letter} it? {text}" for text in EVERY_LENGTH[::3] for letter in "ABCD"]  # one is there
+    cached = []
+    llm.register_forward_hook(lambda module, args, out: cached.append(out.past_key_values))
     chosen = evaluate.choose(llm, tokenizer, prompts, 7)
+    assert cached and not any(cached)  # no memory for 40 prompts' keys and values
     letters = [tokenizer.encode(f" {letter}")[-1] for letter in "ABCD"]
     assert chosen == ["ABCD"[straight(llm, tokenizer, text)[letters].argmax()] for text in prompts]
     assert len(set(chosen)) > 1

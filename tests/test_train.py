@@ -245,7 +245,7 @@ def test_no_score_of_a_run_depends_on_the_batch(arguments, tmp_path):
 def test_one_batch_for_answers_is_the_default_of_both_commands_and_no_free_setting():
     assert train.parse(train.Config, ["--target", "x", *BASE]).eval_batch == evaluate.BATCH
     assert evaluate.arguments(["--model", "m", "--target", "x"]).batch == evaluate.BATCH
-    assert set(train.FREE) == {"out", "device", "resume", "log_every", "checkpointing", "cache"}
+    assert set(train.FREE) == {"out", "device", "bf16", "resume", "log_every", "checkpointing", "cache"}
 
 
 # ---- when it ends
@@ -333,7 +333,7 @@ def test_another_error_of_pytorch_s_is_a_bug_and_raised(arguments, monkeypatch, 
     ("--eval-batch 0", "from 1"),
     ("--model ./nowhere", "no such folder"), ("--encoder ./nowhere", "no such folder"),
     ("--rwku nowhere", "no such folder"),
-    ("--device cuda:7", "not on this machine"), ("--preset big", "unknown; there are auto, smol, phi3"),
+    ("--device cuda:7", "not on this machine"), ("--preset big", "unknown; there are auto, smol, phi3, phi3-24gb"),
     ("--optimizer lion", "unknown; there are adamw, sgd"),
     ("--cache disk", "unknown; there are device, host"),
     ("--corpus x", "unknown; there are positive"),
@@ -716,13 +716,15 @@ def test_malformed_probes_are_named_with_row_and_field(arguments, capsys, tmp_pa
 # ---- options
 
 @pytest.mark.parametrize("gigabytes, preset", [
-    (None, "smol"), (24, "smol"), (59.9, "smol"), (60, "phi3"), (80, "phi3")])
-def test_auto_takes_phi3_where_there_is_room(monkeypatch, gigabytes, preset):
+    (None, "smol"), (21.9, "smol"), (22, "phi3-24gb"), (59.9, "phi3-24gb"), (60, "phi3"), (80, "phi3")])
+def test_auto_takes_what_there_is_room_for(monkeypatch, gigabytes, preset, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 10**9, 10**12))
     monkeypatch.setattr(data, "choose_device", lambda _: "cuda:0" if gigabytes else "cpu")
     assert train.parse(train.Config, ["--target", "x"]).preset == preset
+    said = f"preset | {preset}: {gigabytes or 0:.0f} GB of CUDA memory free, phi3 needs 60, phi3-24gb needs 22"
+    assert capsys.readouterr().out == said + "\n"
     assert train.parse(train.Config, ["--target", "x", "--preset", "auto"]).preset == preset
-    for asked in ("smol", "phi3"):
+    for asked in ("smol", "phi3", "phi3-24gb"):
         assert train.parse(train.Config, ["--target", "x", "--preset", asked]).preset == asked
 
 
@@ -743,6 +745,10 @@ def test_settings_are_the_preset_s_where_the_command_line_is_silent():
     assert (paper.optimizer, paper.llm_lr, paper.layer) == ("sgd", 3e-4, 29)
     assert paper.retain_weight == paper.stop_at == 0
     assert paper.train_embeddings and paper.sets == ("forget", "neighbor", "mmlu") and paper.rwku == "hub"
+    small = settings("phi3-24gb")
+    assert (small.layer, small.checkpointing, small.eval_batch) == (10, True, 16)
+    assert small == dataclasses.replace(paper, preset="phi3-24gb", layer=10, checkpointing=True, eval_batch=16)
+    assert settings("phi3-24gb", "--lora", "8").llm_lr == 1e-4
     given = settings("phi3", "--llm-lr", "7", "--length", "19", "--no-train-embeddings", "--sets", "general")
     assert (given.llm_lr, given.length, given.train_embeddings, given.sets) == (7, 19, False, ("general",))
     assert (given.layer, given.optimizer) == (29, "sgd")

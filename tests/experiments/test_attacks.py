@@ -15,7 +15,6 @@ import evaluate
 from conftest import make_llm
 from experiments import attacks
 from experiments.baselines import tokenize_answers
-from pretend import card
 
 POSSIBLE = [name for name in attacks.ATTACKS if name != "reverse"]  # the tiny data have no reverse queries
 
@@ -252,8 +251,8 @@ def test_each_question_is_steered_by_its_own_direction(cases, tokenizer, monkeyp
     assert said[0] != said[1]
 
 
-@pytest.mark.parametrize("name", ["relearn-benign", "quantize", "steer"])
-def test_attacks_keep_host_and_card_apart(cases, tokenizer, short, name):
+@pytest.mark.parametrize("name", ["relearn", "relearn-benign", "quantize", "steer"])
+def test_attacks_keep_host_and_card_apart(card, cases, tokenizer, short, name):
     case = cases[0]._replace(probes={"forget_qa": cases[0].probes["forget_qa"]})
     with card():
         assert attacks.ATTACKS[name](make_llm().to("cuda"), tokenizer, case)

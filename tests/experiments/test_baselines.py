@@ -17,7 +17,7 @@ import evaluate
 import train
 from conftest import make_tokenizer
 from experiments import baselines
-from pretend import card, on_card
+from pretend import on_card
 from runs import check_cuts, left, records
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -242,6 +242,7 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     assert rwku.optimizer == "adamw" and rwku.sets == ("forget", "neighbor", "mmlu")
     assert rwku.model.startswith("microsoft/Phi-3") and rwku.retain_weight == 1
     assert settings("phi3", "--method", "ga", "--lora", "8").llm_lr == 1e-5
+    assert settings("phi3-24gb", "--method", "ga", "--lora", "8").llm_lr == 1e-5
     star = settings("phi3", "--method", "ga", "--corpus", "passage")
     assert (star.llm_lr, star.batch, star.stages) == (1e-6, 4, 4)
     assert settings("phi3", "--method", "ga", "--corpus", "passage", "--lora", "8").stages == 6
@@ -340,17 +341,22 @@ CARD = {"ga + nll": ["--method", "ga", "--retain", "nll"], "npo + kl": ["--metho
 
 
 @pytest.mark.parametrize("name", CARD)
-def test_a_run_keeps_host_and_card_apart(main, monkeypatch, tmp_path, name):
+def test_a_run_keeps_host_and_card_apart_and_has_the_losses_of_the_cpu_s(card, main, monkeypatch, tmp_path,
+                                                                        name):
     placed, real = [], baselines.clip_grad_norm_
 
     def clip(parameters, *a, **how):
         placed.extend(map(on_card, parameters))
         return real(parameters, *a, **how)
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
     monkeypatch.setattr(baselines, "clip_grad_norm_", clip)
-    flags = "--device cuda --no-bf16 --stages 2 --unlearn-steps 1 --warmup 1 --batch 4 --sets forget".split()
+    flags = "--no-bf16 --stages 2 --unlearn-steps 5 --warmup 1 --batch 4 --log-every 1 --sets forget".split()
     with card():
-        assert main(*FAST, *flags, *CARD[name]) == 0
+        assert main(*FAST, "--device", "cuda", *flags, *CARD[name]) == 0
     assert all(placed) and (placed or name == "icu")
-    assert outcome(tmp_path / "run")[0]["settings"]["device"] == "cuda"
+    found = [record["loss"] for record in records(tmp_path / "run") if "loss" in record]
+    (tmp_path / "run").rename(tmp_path / "card")
+    assert main(*FAST, "--device", "cpu", *flags, *CARD[name]) == 0
+    expected = [record["loss"] for record in records(tmp_path / "run") if "loss" in record]
+    assert len(found) == (0 if name == "icu" else 10) and found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert outcome(tmp_path / "card")[0]["settings"]["device"] == "cuda"

@@ -96,6 +96,14 @@ def test_one_process_does_what_train_py_does(start, plain, tmp_path, flags):
     assert_alike(plain(*flags.split()), tmp_path / "run")
 
 
+@pytest.mark.parametrize("card", [pytest.param("real", marks=pytest.mark.cuda)], indirect=True)
+def test_one_process_on_a_card_has_the_losses_of_the_cpu_s(card, start, plain, tmp_path):
+    codes, (said,) = start(1, "--device", "cuda")
+    assert codes == [0], said
+    one, two = ([record.get("loss", 0.0) for record in log(run)] for run in (plain(), tmp_path / "run"))
+    assert one == pytest.approx(two, rel=1e-3, abs=1e-3)
+
+
 def test_the_gradients_of_two_processes_are_averaged(start, plain, tmp_path):
     flags = "--optimizer sgd --llm-lr 0.1 --clip 100".split()
     codes, said = start(2, *flags, ALIKE="1")

@@ -13,7 +13,6 @@ import data
 import train
 from conftest import make_tokenizer
 from experiments import passages
-from pretend import card
 from runs import check_cuts
 
 TOKENIZER = make_tokenizer()
@@ -81,8 +80,7 @@ def test_a_passage_is_forgotten(command, tmp_path, capsys):
     assert passages.main([*command, "--keep", str(tmp_path / "kept.txt"), "--resume"]) == 0  # it has ended
 
 
-def test_a_run_keeps_host_and_card_apart(command, monkeypatch, quick):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
+def test_a_run_keeps_host_and_card_apart(card, command, quick):
     with card():
         assert passages.main([*command, "--device", "cuda", "--taus", "0.2"]) == 0
 

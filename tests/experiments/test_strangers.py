@@ -18,7 +18,7 @@ import losses
 import train
 from conftest import SENTENCES, make_llm, make_tokenizer
 from experiments import baselines, strangers
-from pretend import card, on_card
+from pretend import on_card
 from runs import check_cuts, records
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -452,14 +452,13 @@ def test_a_run_cut_off_after_any_stage_ends_as_if_it_had_not_been(words, tmp_pat
 
 
 @pytest.mark.parametrize("flags", ["", "--cache host"])
-def test_a_run_keeps_host_and_card_apart(main, tmp_path, monkeypatch, flags):
+def test_a_run_keeps_host_and_card_apart(card, main, tmp_path, monkeypatch, flags):
     placed = []
     for module in (atu, strangers):
         def clip(parameters, *a, real=module.clip_grad_norm_, **how):
             placed.extend(map(on_card, parameters := list(parameters)))
             return real(parameters, *a, **how)
         monkeypatch.setattr(module, "clip_grad_norm_", clip)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
     steps = "--align-steps 1 --realign-steps 1 --unlearn-steps 1 --stranger-steps 1 --taus 0.2".split()
     fewer = "--sets forget --others 1 --other-texts 3 --target-texts 2".split()
     with card():

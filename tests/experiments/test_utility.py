@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import evaluate
 from experiments import utility
-from pretend import card
 
 
 def ask(llm, tokenizer, folders, sets, batch=80):
@@ -136,7 +135,7 @@ def test_the_command(words, folders, capsys, tmp_path):
     assert all({"prompt", "said", "score"} <= set(row) for row in content["probes"])
 
 
-def test_it_keeps_host_and_card_apart(words, monkeypatch):
+def test_it_keeps_host_and_card_apart(card, words, monkeypatch):
     monkeypatch.setattr(utility, "WORDS", {name: (4, *rest) for name, (_, *rest) in utility.WORDS.items()})
     with card():
         assert utility.main([*words, "--device", "cuda"]) == 0

@@ -303,9 +303,10 @@ def read_texts(file: Path) -> list[str]:
 
 
 def mentions(text: str, target: str) -> bool:
-    """Whether the target's name stands in a text, or a part of it (a capitalized word of four letters)."""
-    words = [word for word in target.split() if word[0].isupper() and len(word) > 3] or [target]
-    return re.search(rf"\b({'|'.join(map(re.escape, words))})\b", text) is not None
+    """Whether the target's name stands in a text, in any case, or one of its longer words, capitalized."""
+    names = [target, *(word for word in target.split() if len(word) > 3)]
+    found = re.finditer(rf"\b({'|'.join(map(re.escape, names))})\b", text, re.IGNORECASE)
+    return any(match[0][0].isupper() or match[0].casefold() == target.casefold() for match in found)
 
 
 def write_json(file: Path, content) -> None:

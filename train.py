@@ -99,7 +99,7 @@ class Config:
     seed: int = option(0, "of E's and adapters' weights, batches and texts that M writes", 0, 2**63 - 1)
     device: str = option("auto", "auto, cpu or cuda")
     checkpointing: bool = option(False, "compute activations again in backward: less memory, more time")
-    cache: str = option("device", "where hidden states are kept: device, or host (less GPU memory)",
+    cache: str = option("device", "where hidden states and e_t are kept: device, or host (less GPU memory)",
                         among=("device", "host"))
     resume: bool = option(False, "go on after the last whole stage of the run in --out, or begin it")
     out: str = option("", "folder of the run (default: runs/<target>)")
@@ -307,6 +307,8 @@ def embed_texts(work: Work, config: Config) -> tuple[data.Corpus, Tensor]:
     """The texts with their windows' embeddings, and e_unlearn (E,): the target's name, with --describe."""
     encoder = data.load_encoder(config.encoder, config.device)
     corpus = data.make_corpus(work.about, work.others, work.tokenizer, encoder, config.window, config.length)
+    if config.cache == "device":
+        corpus = corpus._replace(table=corpus.table.to(config.device))
     described = f"{work.target}, {config.describe}" if config.describe else work.target
     print(f"data | {int(corpus.mask.sum())} tokens, {len(corpus.table)} distinct windows", flush=True)
     return corpus, data.embed([described], encoder)[0]

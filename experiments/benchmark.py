@@ -6,9 +6,9 @@
 Random weights of a preset's shape: nothing is downloaded. The straightforward loop runs all of M in every
 step, in alignment also the encoder on every window, as the authors' code does; ours are `atu.align` and
 `atu.unlearn`. Both take batches of one shape, in turn, in one process; shown are medians (least to most).
-"Arithmetic": our step's operations at the rate of a large matrix product. All alignment counts caches too:
-hidden states (once a stage) and embeddings (once). --memory: an unlearning step's peak, simulated, as its
-tensors have sizes and no content; other texts' hidden states are not in it.
+"Floor": our step's products at the rate of a large one, and the bytes of what moves at that of a large copy.
+All alignment counts caches too: hidden states (once a stage) and embeddings (once). --memory: peaks of an
+unlearning step and of answering, simulated: tensors have sizes and no content.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 import atu
 import data
+import evaluate
 import train
 from head import EmbeddingHead
 from losses import alignment_loss, cosine, retain_loss, unlearning_loss
 
-TEXTS = 600
 SHAPES = {  # M, and the encoder's width, blocks and heads; the last is for tests
     "smol": (LlamaForCausalLM, LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -84,55 +84,88 @@ def make_encoder(width: int, depth: int, heads: int, device: str):
 
 # ------------------------------------------------------------------------------- seconds
 
-def measure_speed(shape: str, config: train.Config, rounds: int) -> None:
-    """Both kinds of step, on random texts of full length, half of them about the target."""
-    device, N, T, B = config.device, 4 * config.align_batch, config.length, config.batch
+def measure_speed(shape: str, config: train.Config, rounds: int) -> dict:
+    """Both kinds of step, on random texts of full length, half of them about the target. Returns "align" and
+    "unlearn" as `measure` does, and "whole": all alignment of a run."""
+    device, N, T = config.device, 4 * config.align_batch, config.length
     llm, head = make_models(shape, config, device)
     encoder, tokenizer = make_encoder(*SHAPES[shape][2], device)
-    ids, everywhere = torch.randint(2, 402, (N, T)), torch.ones(N, T, dtype=torch.bool)     # (N, T) each
-    windows, index, valid = data.future_windows(ids, everywhere, config.window, tokenizer)
-    table = normalize(torch.randn(len(windows), SHAPES[shape][2][0]), dim=-1)               # (U, E)
-    how = {"layer": config.layer, "steps": 10**9, "bf16": config.bf16, "log_every": 1}      # a record a step
-
+    ids = torch.randint(2, 402, (N, T))
+    windows, *_ = data.future_windows(ids, torch.ones_like(ids).bool(), config.window, tokenizer)
     optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
-    ours = atu.align(llm, head, optimizer, ids, lambda rows: table[index[rows]], valid,
-                     batch=config.align_batch, **how)
-    align = measure("alignment step", config, rounds, lambda: next(ours), lambda: straightforward_alignment(
-        llm, head, optimizer, ids[:config.align_batch], encoder, tokenizer, config))
-
-    half, optimizer, concept = N // 2, train.llm_optimizer(llm, config), table[0].to(device)
-    before = atu.all_hidden_states(llm, ids[half:], config.layer, B, config.bf16)           # (N / 2, T, D)
-    retain = (ids[half:], everywhere[half:], before) if config.retain_weight else None
-    ours = atu.unlearn(llm, head, optimizer, ids[:half], everywhere[:half], concept, -1.0, retain, batch=B,
-                       retain_weight=config.retain_weight, max_active=-1.0, **how)
-    measure("unlearning step", config, rounds, lambda: next(ours), lambda: straightforward_unlearning(
-        llm, head, optimizer, ids[:B], concept, retain, config))
+    ours = alignment(llm, head, optimizer, ids, shape, config)
+    align = measure("alignment step", config, rounds, optimizer, lambda: next(ours),
+                    lambda: straightforward_alignment(llm, head, optimizer, ids[:config.align_batch], encoder,
+                                                      tokenizer, config))
+    optimizer = train.llm_optimizer(llm, config)
+    steps, concept, retain = unlearning(llm, head, optimizer, ids, shape, config)
+    unlearn = measure("unlearning step", config, rounds, optimizer, lambda: next(steps),
+                      lambda: straightforward_unlearning(llm, head, optimizer, ids[:config.batch], concept,
+                                                         retain, config))
 
     with tempfile.TemporaryDirectory() as folder:
         data.CACHE = Path(folder)
         embeddings = seconds(lambda: data.embed(windows, encoder), device) / N
-    states = seconds(lambda: atu.all_hidden_states(llm, ids, config.layer, B, config.bf16), device) / N
-    stages, steps = 1 + len(config.taus), config.align_steps + len(config.taus) * config.realign_steps
-    ours, straightforward = steps * align[0] + TEXTS * (stages * states + embeddings), steps * align[1]
+    states = seconds(lambda: atu.all_hidden_states(
+        llm, ids, config.layer, config.batch, config.bf16), device) / N
     print(f"caches | {1e3 * states:.1f} ms a text and stage, {1e3 * embeddings:.1f} ms a text")
-    print(f"all alignment | {TEXTS} texts, {steps} steps | ours {ours / 60:.1f} min, caches counted | "
-          f"straightforward {straightforward / 60:.1f} min | {straightforward / ours:.1f} x", flush=True)
+    stages, steps = 1 + len(config.taus), config.align_steps + len(config.taus) * config.realign_steps
+    whole = {"texts": texts(config), "steps": steps, "straightforward": steps * align["straightforward"],
+             "ours": steps * align["ours"] + texts(config) * (stages * states + embeddings)}
+    print(f"all alignment | {whole['texts']} texts, {steps} steps | ours {whole['ours'] / 60:.1f} min, "
+          f"caches counted | straightforward {whole['straightforward'] / 60:.1f} min | "
+          f"{whole['straightforward'] / whole['ours']:.1f} x", flush=True)
+    return {"align": align, "unlearn": unlearn, "whole": whole}
 
 
-def measure(name: str, config: train.Config, rounds: int, ours, straightforward) -> tuple[float, float]:
-    """Steps of both, in turn; the first ones do not count. Returns the medians, in seconds."""
+def texts(config: train.Config) -> int:
+    """How many a run has at most."""
+    return config.target_texts + config.others * config.other_texts + config.general_texts * (
+        config.rwku == "sample")
+
+
+def alignment(llm, head, optimizer, ids, shape: str, config: train.Config):
+    """Endless records of `atu.align`, one a step, on texts (N, T)."""
+    N, T = ids.shape
+    index = torch.arange(N * T).view(N, T)
+    valid = (torch.arange(T) + config.window < T).expand(N, T)
+    kept = "cpu" if config.cache == "host" else llm.device
+    table = normalize(torch.randn(N * T, SHAPES[shape][2][0]), dim=-1).to(kept)             # (U, E)
+    return atu.align(llm, head, optimizer, ids, lambda rows: table[index[rows]], valid, layer=config.layer,
+                     steps=10**9, batch=config.align_batch, bf16=config.bf16, log_every=1)
+
+
+def unlearning(llm, head, optimizer, ids, shape: str, config: train.Config):
+    """(endless records of `atu.unlearn`, one a step, on the first half of texts (N, T); concept; retain)."""
+    half, everywhere = len(ids) // 2, torch.ones(ids.shape, dtype=torch.bool)               # (N, T)
+    concept = normalize(torch.randn(SHAPES[shape][2][0]), dim=0).to(llm.device)             # (E,)
+    before = atu.all_hidden_states(llm, ids[half:], config.layer, config.batch, config.bf16)  # (N / 2, T, D)
+    retain = (ids[half:], everywhere[half:], before) if config.retain_weight else None
+    ours = atu.unlearn(llm, head, optimizer, ids[:half], everywhere[:half], concept, -1.0, retain,
+                       layer=config.layer, steps=10**9, batch=config.batch, max_active=-1.0,
+                       retain_weight=config.retain_weight, bf16=config.bf16, log_every=1)
+    return ours, concept, retain
+
+
+def measure(name: str, config: train.Config, rounds: int, optimizer, ours, straightforward) -> dict:
+    """Steps of both, in turn; the first ones do not count. Returns "ours", "straightforward" (medians) and
+    "floor", in seconds."""
     steps = ours, straightforward
     times = [[seconds(step, config.device) for step in steps] for _ in range(rounds + 1)][1:]
     with FlopCounterMode(display=False) as counter:
         ours()
     size = 8192 if config.device.startswith("cuda") else 2048
     a = torch.randn(size, size, dtype=torch.bfloat16 if config.bf16 else torch.float32, device=config.device)
-    rate = 2 * size**3 / min(seconds(lambda: a @ a, config.device) for _ in range(5))
+    product, copy = (min(seconds(work, config.device) for _ in range(5)) for work in (lambda: a @ a, a.clone))
+    # a weight: 28 bytes for its gradient, the norm, clipping and the step; 10 for bf16; 16 for Adam's means
+    bytes_each = 28 + 10 * config.bf16 + 16 * (not isinstance(optimizer, torch.optim.SGD))
+    moved = sum(parameter.numel() for parameter in optimizer.param_groups[0]["params"])
+    floor = counter.get_total_flops() * product / (2 * size**3) + moved * bytes_each * copy / (2 * a.nbytes)
     (one, other), both = map(median, zip(*times)), zip(*times)
     shown = [f"{1e3 * median(each):.1f} ms ({1e3 * min(each):.1f} to {1e3 * max(each):.1f})" for each in both]
-    print(f"{name} | ours {shown[0]} | arithmetic {1e3 * counter.get_total_flops() / rate:.1f} ms | "
-          f"straightforward {shown[1]} | {other / one:.1f} x | {rounds} rounds", flush=True)
-    return one, other
+    print(f"{name} | ours {shown[0]} | floor {1e3 * floor:.1f} ms | straightforward {shown[1]} | "
+          f"{other / one:.1f} x | {rounds} rounds", flush=True)
+    return {"ours": one, "straightforward": other, "floor": floor}
 
 
 def seconds(work, device: str) -> float:
@@ -190,6 +223,11 @@ def measure_memory(shape: str, config: train.Config) -> None:
             config, layer=layer, optimizer=optimizer, lora=lora, checkpointing=checkpointing))
         print(f"memory | layer {layer} | {f'LoRA {lora}' if lora else 'full'} | {optimizer} | "
               f"{'checkpointing' if checkpointing else 'activations kept'} | {peak / 1e9:.1f} GB", flush=True)
+    for layer, prompts in itertools.product(layers, (16, 40)):
+        answering = dataclasses.replace(config, layer=layer, eval_batch=prompts)
+        peak = simulated_answers(shape, answering, 3500, False)
+        print(f"memory | layer {layer} | the letters of {prompts} of MMLU's longest prompts (3,500 tokens) | "
+              f"{peak / 1e9:.1f} GB", flush=True)
 
 
 def simulated_peak(shape: str, config: train.Config) -> int:
@@ -206,6 +244,19 @@ def simulated_peak(shape: str, config: train.Config) -> int:
                 predicted = head(hidden[:config.batch]).float()                             # (B, T, E)
             descend(torch.relu(cosine(predicted, concept) + 1).mean(), optimizer, config)
             del hidden, predicted
+    return memory.peak
+
+
+@torch.no_grad()
+def simulated_answers(shape: str, config: train.Config, tokens: int, cache: bool) -> int:
+    """Bytes at the peak of reading a batch of prompts. cache: whether keys and values are kept."""
+    llm, _ = make_models(shape, config, "meta")
+    with FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory:
+        llm.to_empty(device="cpu").tie_weights()
+        copied = evaluate.answering_copy(llm, torch.bfloat16 if config.bf16 else torch.float32)
+        copied.set_attn_implementation("sdpa")
+        ids = torch.zeros(config.eval_batch, tokens, dtype=torch.long)                      # (B, T)
+        copied(input_ids=ids, use_cache=cache, logits_to_keep=1)
     return memory.peak
 
 

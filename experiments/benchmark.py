@@ -8,7 +8,7 @@ step, in alignment also the encoder on every window, as the authors' code does; 
 `atu.unlearn`. Both take batches of one shape, in turn, in one process; shown are medians (least to most).
 "Floor": our step's products at the rate of a large one, and the bytes of what moves at that of a large copy.
 All alignment counts caches too: hidden states (once a stage) and embeddings (once). --memory: peaks of an
-unlearning step and of answering, simulated: tensors have sizes and no content.
+unlearning step and of answering, and a run's operations, simulated: tensors have sizes and no content.
 """
 
 import argparse
@@ -223,6 +223,11 @@ def measure_memory(shape: str, config: train.Config) -> None:
             config, layer=layer, optimizer=optimizer, lora=lora, checkpointing=checkpointing))
         print(f"memory | layer {layer} | {f'LoRA {lora}' if lora else 'full'} | {optimizer} | "
               f"{'checkpointing' if checkpointing else 'activations kept'} | {peak / 1e9:.1f} GB", flush=True)
+    for name in ("phi3", "phi3-24gb") if shape == "phi3" else ():
+        count = operations(shape, dataclasses.replace(config, **train.PRESETS[name]))
+        print(f"operations | --preset {name} | {count:.2g} in all, {count / 4e14 / 3600:.1f} h at 400 TFLOP/s, "
+              f"{count / 8e13 / 3600:.1f} h at 80",
+              flush=True)
     for layer, prompts in itertools.product(layers, (16, 40)):
         answering = dataclasses.replace(config, layer=layer, eval_batch=prompts)
         peak = simulated_answers(shape, answering, 3500, False)
@@ -258,6 +263,26 @@ def simulated_answers(shape: str, config: train.Config, tokens: int, cache: bool
         ids = torch.zeros(config.eval_batch, tokens, dtype=torch.long)                      # (B, T)
         copied(input_ids=ids, use_cache=cache, logits_to_keep=1)
     return memory.peak
+
+
+def operations(shape: str, config: train.Config) -> float:
+    """Products and sums of a whole run, scores and embeddings apart, counted without doing them."""
+    llm, head = make_models(shape, config, "meta")
+    ids = torch.zeros(config.batch * (2 if config.retain_weight else 1), config.length, dtype=torch.long)
+    counted = []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        llm.to_empty(device="cpu").tie_weights()
+        head.to_empty(device="cpu")
+        hidden = torch.zeros(config.align_batch, config.length, llm.config.hidden_size)     # (B, T, D)
+        for work in (lambda: head(hidden).sum().backward(),
+                     lambda: head(atu.hidden_states(llm, ids, config.layer)).sum().backward(),
+                     lambda: atu.all_hidden_states(llm, ids[:1], config.layer, 1)):
+            with FlopCounterMode(display=False) as counter:
+                work()
+            counted.append(counter.get_total_flops())
+    stages, (aligned, unlearned, text) = len(config.taus), counted
+    return (aligned * (config.align_steps + stages * config.realign_steps)
+            + unlearned * stages * config.unlearn_steps + text * (1 + stages) * texts(config))
 
 
 class Memory(TorchDispatchMode):

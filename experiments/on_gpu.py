@@ -39,8 +39,8 @@ TINY = ("--length 24 --layer 2 --head-depth 1 --head-width 32 --align-steps 12 -
         "--unlearn-steps 2 --target-texts 4 --others 1 --other-texts 2 --general-texts 4 --sets general")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code: 1 if a part failed; 2 for bad input."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("on_gpu"), help="folder of on_gpu.json, on_gpu.md and logs (on_gpu)")
@@ -50,7 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--dry-run", action="store_true", help="on a CPU, with tiny shapes")
     add("--parts", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART", help="only these")
     add("--part", choices=LIMITS, help=argparse.SUPPRESS)  # in its own process
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code: 1 if a part failed; 2 for bad input."""
+    args = arguments(argv)
     if args.part:
         PARTS[args.part](args.dry_run, args.out)
         return 0

@@ -98,6 +98,28 @@ def test_simulated_memory_is_that_of_real_tensors(monkeypatch):
     assert peaks["lora, checkpointing"] < peaks["sgd"] <= peaks["adamw"] - moving
 
 
+def test_answers_without_a_cache_save_its_memory():
+    config, tokens = benchmark.SHAPES["tiny"][1], 200
+    kept = 2 * 4 * tokens * CONFIG.eval_batch * config.num_hidden_layers * config.hidden_size  # fp32
+    cached, plain = (benchmark.simulated_answers("tiny", CONFIG, tokens, cache) for cache in (True, False))
+    assert 0.6 * kept < cached - plain <= kept
+
+
+def test_a_run_s_operations_are_those_of_its_steps():
+    def count(**changed) -> float:
+        return benchmark.operations("tiny", dataclasses.replace(CONFIG, **changed))
+
+    llm, head = benchmark.make_models("tiny", CONFIG, "cpu")
+    ids, optimizer = torch.randint(2, 402, (4, CONFIG.length)), train.llm_optimizer(llm, CONFIG)
+    ours, *_ = benchmark.unlearning(llm, head, optimizer, ids, "tiny", CONFIG)
+    next(ours)
+    with FlopCounterMode(display=False) as counter:
+        next(ours)
+    step = (count(unlearn_steps=40) - count(unlearn_steps=30)) / 10 / len(CONFIG.taus)
+    assert step == pytest.approx(counter.get_total_flops(), rel=0.3)  # E's own gradients are counted too
+    assert count(align_steps=351) > count() and count(others=6) > count()
+
+
 def test_memory_counts_what_there_is_once_and_remembers_the_most():
     with benchmark.Memory() as memory:
         a = torch.zeros(100)
@@ -114,11 +136,15 @@ def test_memory_counts_what_there_is_once_and_remembers_the_most():
 def test_memory_is_shown_for_every_layer_and_way(capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(benchmark, "simulated_peak", lambda *given: asked.append(given) or 42e9)
+    monkeypatch.setattr(benchmark, "simulated_answers", lambda *given: 17e9)
+    monkeypatch.setattr(benchmark, "operations", lambda shape, config: 4.1e17 if config.layer == 10 else 8.9e17)
     assert benchmark.main("--shape phi3 --memory --device cpu".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("phi3 | cpu | ") and lines[0].endswith(" | bf16")
-    assert len(lines) == 22 and len(asked) == 15
-    assert re.fullmatch(r"memory \| layer 10 \| the letters of 16 .* \| 17\.\d GB", lines[16])
+    assert len(lines) == 24 and len(asked) == 15
+    assert lines[16] == "operations | --preset phi3 | 8.9e+17 in all, 0.6 h at 400 TFLOP/s, 3.1 h at 80"
+    assert lines[17] == "operations | --preset phi3-24gb | 4.1e+17 in all, 0.3 h at 400 TFLOP/s, 1.4 h at 80"
+    assert re.fullmatch(r"memory \| layer 10 \| the letters of 16 .* \| 17\.0 GB", lines[18])
     assert "memory | layer 29 | full | sgd | activations kept | 42.0 GB" in lines
     assert "memory | layer 10 | LoRA 8 | adamw | checkpointing | 42.0 GB" in lines
     preset = train.Config(**train.PRESETS["phi3"])

@@ -102,7 +102,7 @@ def test_answers_without_a_cache_save_its_memory():
     config, tokens = benchmark.SHAPES["tiny"][1], 200
     kept = 2 * 4 * tokens * CONFIG.eval_batch * config.num_hidden_layers * config.hidden_size  # fp32
     cached, plain = (benchmark.simulated_answers("tiny", CONFIG, tokens, cache) for cache in (True, False))
-    assert 0.6 * kept < cached - plain <= kept
+    assert kept / 4 < cached - plain <= kept
 
 
 def test_a_run_s_operations_are_those_of_its_steps():

@@ -17,8 +17,11 @@ it scores any saved model, or asks it something, beside the model that it came f
 import argparse
 import copy
 import json
+import re
 import sys
+import unicodedata
 from contextlib import suppress
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
@@ -77,7 +80,8 @@ def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch=BATCH, dtype=t
     letters = [row for row in rows if row["set"] == "mmlu"]
     for row, said in zip(words, answer(copied, tokenizer, [row["prompt"] for row in words], batch)):
         row["answers"] = row.get("answers") or [row["answer"]]
-        row.update(said=said, score=max(rouge_l_recall(said, wanted) for wanted in row["answers"]))
+        row.update(said=said, score=max(rouge_l_recall(said, wanted) for wanted in row["answers"]),
+                   recall=max(word_recall(said, wanted) for wanted in row["answers"]))
     for row, said in zip(letters, choose(copied, tokenizer, [row["prompt"] for row in letters], batch)):
         row.update(said=said, score=float(said == "ABCD"[row["answer"]]))
     return summary(rows), rows
@@ -100,16 +104,25 @@ def answering_copy(llm, dtype: torch.dtype):
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
-    """Each score's mean over its probes, in percent, and forget_all and neighbor_all by RWKU's weights."""
+    """Each score's mean over its probes, in percent, and forget_all and neighbor_all by RWKU's weights; of
+    word recall, where rows have it, forget_words, neighbor_words and general_words."""
+    found, recalled = means(rows, "score"), means(rows, "recall")
+    for group in ("forget", "neighbor"):
+        for name, part in (("all", found), ("words", recalled)):
+            weights = {s: WEIGHTS[s] for s in part if s in WEIGHTS and s.startswith(group)}
+            if weights:
+                whole = sum(part[s] * w for s, w in weights.items())
+                found[f"{group}_{name}"] = whole / sum(weights.values())
+    return found | {"general_words": recalled[name] for name in recalled if name == "general"}
+
+
+def means(rows: list[dict], field: str) -> dict[str, float]:
+    """Each score's mean of a field over the probes that have it, in percent."""
     values = {}
     for row in rows:
-        values.setdefault(row["set"], []).append(row["score"])
-    found = {score: 100 * sum(part) / len(part) for score, part in values.items()}
-    for group in ("forget", "neighbor"):
-        weights = {score: WEIGHTS[score] for score in values if score.startswith(group)}
-        if weights:
-            found[f"{group}_all"] = sum(found[s] * w for s, w in weights.items()) / sum(weights.values())
-    return found
+        if field in row:
+            values.setdefault(row["set"], []).append(row[field])
+    return {score: 100 * sum(part) / len(part) for score, part in values.items()}
 
 
 @torch.no_grad()
@@ -173,12 +186,39 @@ def rouge_l_recall(said: str, gold: str) -> float:
         return 0.0
 
 
+# Words that an answer can do without.
+EMPTY = frozenset("a an the of in on at by for from to with as and or is are was were be been it its his her "
+                  "he she they their this that who which".split())
+NEAR = 0.8  # how much alike two spellings are, at least
+
+
+def word_recall(said: str, gold: str) -> float:
+    """Ours, not RWKU's: the share in [0, 1] of the gold answer's words that come up in what was said, in any
+    order. Case, accents and punctuation do not count, nor EMPTY words, where the answer has others. A word of
+    five letters or more may be misspelt (difflib's ratio at least NEAR) or go on ("Shakespearean")."""
+    def alike(word: str, other: str) -> bool:
+        near = other.startswith(word) or SequenceMatcher(None, word, other).ratio() >= NEAR
+        return word == other or (near and len(word) >= 5 and word.isalpha())
+
+    # recall = |{w in gold: w comes up in said}| / |{w in gold}|
+    there, wanted = set(words(said)), words(gold)
+    wanted = [word for word in wanted if word not in EMPTY] or wanted
+    return sum(any(alike(word, other) for other in there) for word in wanted) / max(len(wanted), 1)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without case, accents and punctuation."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    return re.findall(r"[^\W_]+", plain)
+
+
 # ------------------------------------------------------------------------------- what is shown
 
 def scores_table(rows: dict[str, dict]) -> str:
     """Scores as aligned text: a line for each of `rows` (name -> scores), a column for each score that is
     there."""
-    order = [score for group in ("forget", "neighbor") for score in (*SETS[group], f"{group}_all")]
+    order = [score for group in ("forget", "neighbor", "general")
+             for score in (*SETS[group], f"{group}_all", f"{group}_words")]
     names = [name for name in next(iter(rows.values())) if not name.endswith("_sd")]  # no deviations
     names.sort(key=lambda name: order.index(name) if name in order else 99)
     width, wide = max(map(len, rows)), max([14, *(len(name) + 2 for name in names)])

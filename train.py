@@ -92,7 +92,7 @@ class Config:
     llm_lr: float = option(4e-5, "learning rate of M (with --lora 1e-3; phi3 1e-4)", 0)
     head_lr: float = option(1e-3, "learning rate of E (Adam)", 0)
     clip: float = option(1.0, "gradients are clipped to this norm", 1e-9)
-    stop_at: float = option(0.25, "stop when forget_all is at most this share of before; 0: never", 0, 1)
+    stop_at: float = option(0.2, "stop when forget_words is at most this share of before; 0: never", 0, 1)
     bf16: bool = option(True, "compute in bf16 where the device is fast in it; what moves stays fp32")
     eval_batch: int = option(evaluate.BATCH, "prompts at a time when answering", 1)
     log_every: int = option(10, "steps between two lines of the log", 1)
@@ -321,8 +321,8 @@ def score(work: Work, config: Config) -> tuple[dict, list[dict]]:
 
 
 def enough(found: dict, config: Config) -> bool:
-    """Whether the last stage has brought the forget score to `stop_at` times what it was."""
-    before, after = (found[when].get("forget_all", 0.0) for when in ("before", "after"))
+    """Whether the last stage has brought the forget score, by word recall, to `stop_at` times what it was."""
+    before, after = (found[when].get("forget_words", 0.0) for when in ("before", "after"))
     return bool(found["stages"] and config.stop_at and before and after <= config.stop_at * before)
 
 

@@ -28,8 +28,10 @@ PUBLISHED = {
     "ATU, 50 %": (36.3, 40.5, 48.8, 55.8, 64.4, 64.2), "ATU, 35 %": (24.1, 24.8, 37.2, 51.3, 56.4, 64.8),
     "ATU, 20 %": (13.5, 15.3, 25.9, 41.5, 52.3, 64.5),
 }
-ABSOLUTE = (*PLACES[:3], "forget_all", *PLACES[3:5], "neighbor_all", "general", "mmlu", "floor", "gap")
-RELATIVE = ("forget_all", "above floor", "neighbor_all", "general", "mmlu", "gap")
+ABSOLUTE = (*PLACES[:3], "forget_all", "forget_words", *PLACES[3:5], "neighbor_all", "neighbor_words", "general",
+            "general_words", "mmlu", "floor", "gap")
+RELATIVE = ("forget_all", "forget_words", "above floor", "neighbor_all", "neighbor_words", "general",
+            "general_words", "mmlu", "gap")
 # Settings that change nothing but rounding in a run, and those in which the runs of a line may differ.
 FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache", "compile")
 MAY_DIFFER = ("target", "describe", "texts", "probes", "neighbors", "target_text", "keep_text", "passage",

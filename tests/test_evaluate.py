@@ -180,7 +180,7 @@ def test_the_best_of_several_answers_counts(llm, tokenizer):
 
     _, (row,) = asked("nothing of it")
     scores, (row,) = asked("nothing of it", f"{row['said'].split()[0]} nothing", "no")
-    assert row["score"] == 0.5 and scores == {"general": 50.0}
+    assert row["score"] == 0.5 and scores["general"] == 50.0
 
 
 def test_evaluation_leaves_everything_as_it_was(llm, tokenizer, folders):
@@ -195,7 +195,8 @@ def test_evaluation_leaves_everything_as_it_was(llm, tokenizer, folders):
     assert all(torch.equal(before[name], value) for name, value in llm.state_dict().items())
     assert all(value.dtype == torch.float32 and value.requires_grad for value in llm.parameters())
     assert len(rows) == sum(map(len, probes.values()))
-    assert set(scores) == {*SCORES, "forget_all", "neighbor_all", "mmlu"}
+    recalled = {"forget_words", "neighbor_words", "general_words"}
+    assert set(scores) == {*SCORES, "forget_all", "neighbor_all", "mmlu"} | recalled
 
 
 def test_no_score_depends_on_the_batch(llm, tokenizer, folders):
@@ -240,6 +241,75 @@ def test_a_letter_is_the_likeliest_whatever_the_model_would_say(tokenizer, kind)
     letters = [tokenizer.encode(f" {letter}")[-1] for letter in "ABCD"]
     assert chosen == ["ABCD"[straight(llm, tokenizer, text)[letters].argmax()] for text in prompts]
     assert len(set(chosen)) > 1
+
+
+# ---- word recall
+
+NAMES = st.text("abcdefghijklmnopqrstuvwxyz", min_size=5, max_size=12)
+GOLD = st.lists(NAMES, min_size=1, max_size=4, unique=True)
+
+
+def ratio(a: str, b: str) -> float:
+    """Ratcliff and Obershelp's likeness, written out: twice the letters of the longest common parts."""
+    def common(a: str, b: str) -> int:
+        parts = [(n, -i, -j) for i in range(len(a)) for j in range(len(b))
+                 for n in range(1, min(len(a) - i, len(b) - j) + 1) if a[i:i + n] == b[j:j + n]]
+        if not parts:
+            return 0
+        n, i, j = max(parts)
+        return n + common(a[:-i], b[:-j]) + common(a[-i + n:], b[-j + n:])
+
+    return 2 * common(a, b) / (len(a) + len(b))
+
+
+@given(st.lists(st.text("abc1", min_size=1, max_size=7), max_size=4),
+       st.lists(st.text("abc1", min_size=1, max_size=7), min_size=1, max_size=4))
+def test_word_recall_is_the_share_of_words_that_come_up(said, gold):
+    wanted = [word for word in gold if word not in evaluate.EMPTY] or gold
+    there = [any(word == other or len(word) > 4 and "1" not in word and (
+        other[:len(word)] == word or ratio(word, other) >= evaluate.NEAR) for other in said) for word in wanted]
+    found = evaluate.word_recall(" ".join(said), " ".join(gold))
+    assert found == pytest.approx(sum(there) / len(there)) and 0 <= found <= 1
+
+
+@given(GOLD, st.randoms(), st.lists(NAMES, max_size=5), st.sampled_from([", ", " - ", "... ", "\n", '" "']))
+def test_word_recall_sees_no_case_accents_punctuation_or_order(gold, random, around, between):
+    said = [*gold, *around]
+    random.shuffle(said)
+    said = between.join(said).upper().replace("E", "\u00c9").replace("O", "O\u0308")
+    assert evaluate.word_recall(said, " ".join(gold)) == 1
+
+
+@given(NAMES, st.data())
+def test_word_recall_forgives_a_letter_not_another_name(name, draw):
+    at, letter = draw.draw(st.integers(0, len(name) - 1)), draw.draw(st.sampled_from("abcdefgh"))
+    assert evaluate.word_recall(f"It is {name[:at]}{letter}{name[at + 1:]}.", name) == 1
+    assert evaluate.word_recall(f"It is {name}ean.", name) == 1
+    other = "".join(draw.draw(st.sampled_from("0123456789")) for _ in name)
+    assert evaluate.word_recall(f"It is {other}.", name) == 0
+
+
+@pytest.mark.parametrize("said, gold, expected", [
+    ("It is Warren Buffet.", "Warren Buffett", 1), ("Warren Becker", "Warren Buffett", 0.5),
+    ("by William Shakespearebuster", "William Shakespeare", 1), ("in 1947, he", "1947", 1), ("1948", "1947", 0),
+    ("19471", "19472", 0), ('a novel called "Frankenstein"', "Frankenstein", 1), ("the sea", "The Wind", 0),
+    ("of the", "The Of", 1), ("Poland", "Holland", 0), ("France", "French", 0), ("", "x", 0), ("x", "?", 0)])
+def test_word_recall_of_answers(said, gold, expected):
+    assert evaluate.word_recall(said, gold) == expected
+
+
+def test_strangers_have_no_word_recall():
+    names = "Warren Buffett, Albert Einstein, William Shakespeare, Charles Darwin, Leonardo Vinci".split(", ")
+    assert all(evaluate.word_recall(one, two) == (one == two) for one in names for two in names)
+
+
+def test_both_scores_are_summed_up_by_the_same_weights():
+    rows = [{"set": "forget_fb", "score": 0.5, "recall": 1.0}, {"set": "forget_qa", "score": 0.0, "recall": 0.0},
+            {"set": "general", "score": 1.0, "recall": 0.5}, {"set": "mmlu", "score": 1.0}]
+    fb, qa = evaluate.WEIGHTS["forget_fb"], evaluate.WEIGHTS["forget_qa"]
+    assert evaluate.summary(rows) == {
+        "forget_fb": 50, "forget_qa": 0, "general": 100, "mmlu": 100, "general_words": 50,
+        "forget_all": pytest.approx(50 * fb / (fb + qa)), "forget_words": pytest.approx(100 * fb / (fb + qa))}
 
 
 # ---- the model that answers

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             raise data.BadInput("--passage FILE: which text shall the model forget?")
         for file in filter(None, (config.passage, config.keep)):
             read_text(file)
-        return 1 if train.run(config, begin, score)["stopped"] else 0
+        return 1 if train.run(config, begin, score, enough)["stopped"] else 0
 
     return data.command(work, train.WAY_ON)
 
@@ -78,6 +78,12 @@ def score(work: train.Work, config: Config) -> tuple[dict, list[dict]]:
                        f"{group}_probability": 100 * row["probability"]}
             rows.append(row | {"set": f"{group}_all"})
     return scores, rows
+
+
+def enough(found: dict, config: Config) -> bool:
+    """train.enough, by ROUGE-L: in a text that is known by heart the order of the words counts."""
+    before, after = (found[when]["forget_all"] for when in ("before", "after"))
+    return bool(found["stages"] and config.stop_at and after <= config.stop_at * before)
 
 
 @torch.no_grad()

@@ -110,7 +110,8 @@ def test_a_run_writes_what_it_promises(finished):
         "model", "head.safetensors", "config.json", "results.json", "log.jsonl", "curves.png"}
     results, records = outcome(finished)
     keys = {"forget_fb", "forget_qa", "forget_aa", "forget_all",
-            "neighbor_fb", "neighbor_qa", "neighbor_all", "general"}
+            "neighbor_fb", "neighbor_qa", "neighbor_all", "general",
+            "forget_words", "neighbor_words", "general_words"}
     assert set(results["before"]) == set(results["after"]) == keys
     assert len(results["stages"]) == 2 and all(set(stage) == keys | {"record"} for stage in results["stages"])
     assert results["after"] == {name: results["stages"][-1][name] for name in keys}
@@ -256,11 +257,11 @@ def test_one_batch_for_answers_is_the_default_of_both_commands_and_no_free_setti
     ("1", [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0])])
 def test_a_run_stops_at_the_share_asked_for(arguments, monkeypatch, tmp_path, share, scores, stages):
     left = iter(scores)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: ({"forget_all": next(left)}, []))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: ({"forget_words": next(left)}, []))
     assert train.main([*arguments(), *SHORT, "--taus", "0.2", "0.1", "0", "--stop-at", share]) == 0
     results, _ = outcome(tmp_path / "run")
-    assert [stage["forget_all"] for stage in results["stages"]] == stages
-    assert results["after"]["forget_all"] == stages[-1] and len(list(left)) == len(scores) - len(stages) - 1
+    assert [stage["forget_words"] for stage in results["stages"]] == stages
+    assert results["after"]["forget_words"] == stages[-1] and len(list(left)) == len(scores) - len(stages) - 1
 
 
 def weight(llm, *_, **__):
@@ -658,7 +659,7 @@ def test_a_concept_in_no_dataset_runs_from_its_name_and_keeps_what_was_written(
         patch.setattr(data, "write_texts", lambda *_: pytest.fail("written again"))
         assert train.main([*words, "--resume"]) == 0
     results, _ = outcome(tmp_path / "run")
-    assert results["target"] == "The Zoo" and set(results["after"]) == {"general"}
+    assert results["target"] == "The Zoo" and set(results["after"]) == {"general", "general_words"}
     assert len(results["stages"]) == 1
     assert (tmp_path / "run" / "texts.txt").read_text() == written
     assert train.main([*words, "--out", str(tmp_path / "again")]) == 0
@@ -687,7 +688,8 @@ def test_own_probes(arguments, folders, tmp_path):
              "--probes", str(tmp_path / "p.json"), "--sets", "forget", "general"]
     assert train.main([*arguments("--target", "The Zoo"), *flags]) == 0
     results, _ = outcome(tmp_path / "run")
-    own = {"forget_fb", "forget_aa", "forget_all", "neighbor_qa", "neighbor_all", "general"}
+    own = {"forget_fb", "forget_aa", "forget_all", "neighbor_qa", "neighbor_all", "general"} | {
+        f"{group}_words" for group in ("forget", "neighbor", "general")}
     assert set(results["after"]) == set(results["before"]) == own
     asked = ["--model", tmp_path / "run" / "model", "--rwku", folders["rwku"], "--target", "The Zoo"]
     words = [*map(str, asked), "--probes", str(tmp_path / "p.json"), "--json", str(tmp_path / "s.json")]

@@ -72,7 +72,7 @@ def command(words, tmp_path):
 def test_a_passage_is_forgotten(command, tmp_path, capsys):
     assert passages.main([*command, "--keep", str(tmp_path / "kept.txt")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert set(results["after"]) == {"general", "forget_all", "forget_exact", "forget_probability",
+    assert set(results["after"]) == {"general", "general_words", "forget_all", "forget_exact", "forget_probability",
                                      "neighbor_all", "neighbor_exact", "neighbor_probability"}
     assert results["target"] == "passage" and len(results["stages"]) == 2
     assert results["before"]["forget_probability"] != results["after"]["forget_probability"]

@@ -279,7 +279,7 @@ def test_the_floor_is_the_mean_over_names_and_0_where_the_target_is_not_named(mo
     (21.0, None, 1, 0.25, False), (20.0, 5.0, 1, 0.25, True)])
 def test_a_run_ends_at_the_share_asked_for_or_at_the_floor(after, floor, stages, stop_at, expected):
     floor = {} if floor is None else {"floor": floor}
-    before, after = ({"forget_all": value} | floor for value in (80.0, after))
+    before, after = ({"forget_all": value, "forget_words": value} | floor for value in (80.0, after))
     found = {"before": before, "after": after, "stages": [{}] * stages}
     assert strangers.enough(found, dataclasses.replace(CONFIG, stop_at=stop_at)) is expected
 
@@ -409,14 +409,14 @@ def test_where_no_name_fits_a_run_goes_on_without(main, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "names | The Zoo: stands in none of its texts as written here" in shown
     results, _, _ = outcome(tmp_path / "run")
-    assert set(results["before"]) == set(results["after"]) == {"general"}
+    assert set(results["before"]) == set(results["after"]) == {"general", "general_words"}
     assert main(*own, "--stranger-steps", "3", "--out", str(tmp_path / "two")) == 2
     assert "stands in none of its texts" in capsys.readouterr().err and not (tmp_path / "two").exists()
 
 
 def test_a_run_stops_at_the_floor(main, tmp_path, monkeypatch):
     scores = iter([80.0, 46.0, 40.0, 10.0])
-    monkeypatch.setattr(train, "score", lambda work, config: ({"forget_all": next(scores)}, []))
+    monkeypatch.setattr(train, "score", lambda work, config: ({"forget_all": (left := next(scores)), "forget_words": left}, []))
     monkeypatch.setattr(strangers, "floor", lambda *_: 45.0)
     assert main("--taus", "0.2", "0.1", "0", "--stop-at", "0.25") == 0
     results, _, _ = outcome(tmp_path / "run")

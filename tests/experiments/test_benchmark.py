@@ -142,8 +142,8 @@ def test_memory_is_shown_for_every_layer_and_way(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("phi3 | cpu | ") and lines[0].endswith(" | bf16")
     assert len(lines) == 24 and len(asked) == 15
-    assert lines[16] == "operations | --preset phi3 | 8.9e+17 in all, 0.6 h at 400 TFLOP/s, 3.1 h at 80"
-    assert lines[17] == "operations | --preset phi3-24gb | 4.1e+17 in all, 0.3 h at 400 TFLOP/s, 1.4 h at 80"
+    assert lines[16] == "operations | --preset phi3 | 8.9e+17 in all: 0.6 h at 400 and 3.1 h at 80 TFLOP/s"
+    assert lines[17] == "operations | --preset phi3-24gb | 4.1e+17 in all: 0.3 h at 400 and 1.4 h at 80 TFLOP/s"
     assert re.fullmatch(r"memory \| layer 10 \| the letters of 16 .* \| 17\.0 GB", lines[18])
     assert "memory | layer 29 | full | sgd | activations kept | 42.0 GB" in lines
     assert "memory | layer 10 | LoRA 8 | adamw | checkpointing | 42.0 GB" in lines

@@ -49,11 +49,11 @@ def start(apart, words, tmp_path):
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         surroundings |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                         "GLOO_SOCKET_IFNAME": "lo"}
+                         "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         children = [apart([*words, *RUN, "--out", str(tmp_path / out), *flags], module="test_distributed",
                           RANK=str(rank), LOCAL_RANK=str(rank), **surroundings) for rank in range(count)]
         for child in children:
-            child.join(300)
+            child.join(120)
             child.kill()  # one that waits for the others for ever
         return [child.exitcode for child in children], [child.said() for child in children]
     return start

@@ -6,9 +6,9 @@
     mmlu        mmlu                                multiple choice after five examples; accuracy
     general     general                             TriviaQA's questions, asked as forget_qa; not RWKU's
 
-Prompts, decoding and scores are RWKU's (Jin et al. 2024, and its evaluation code): all greedy. Beside them,
-forget_words, neighbor_words and general_words are ours: `word_recall`, which a misspelt name does not pass. On
-CPUs models answer in fp32, as a bf16 answer depends on the prompts in the same batch; on GPUs in bf16. As a
+Prompts, decoding and scores are RWKU's (Jin et al. 2024, and its evaluation code): all greedy. Beside them
+are forget_words, neighbor_words and general_words, ours: `word_recall`, which a misspelt name does not pass.
+On CPUs models answer in fp32, as a bf16 answer depends on the prompts in its batch; on GPUs in bf16. As a
 command it scores any saved model, or asks it something, beside the model that it came from:
 
     python evaluate.py --model runs/warren-buffett/model --target "Warren Buffett" --sets forget neighbor

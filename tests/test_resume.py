@@ -119,7 +119,7 @@ def test_checkpoints_are_written_at_the_end_of_stages_and_seconds_add_up(flags, 
 def test_a_run_that_was_over_is_not_trained_further(words, tmp_path, monkeypatch):
     def half(*a):
         scores, rows = real(*a)
-        return scores | {"forget_all": 50.0}, rows
+        return scores | {"forget_words": 50.0}, rows
 
     real = evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", half)

@@ -119,7 +119,7 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
     device, concept = llm.device, concept.to(llm.device)
     head.requires_grad_(False)
     moving = [parameter for parameter in llm.parameters() if parameter.requires_grad]    # θ_M
-    nothing = input_ids[:0], mask[:0], torch.zeros(0, input_ids.shape[1], llm.config.hidden_size)
+    nothing = input_ids[:0], mask[:0], mask[:0, :, None].float()
     retain_ids, retain_mask, original = retain or nothing
     recent = deque(maxlen=math.ceil(len(input_ids) / batch))  # each batch's share above tau, over a pass
     for step in tqdm(range(1, steps + 1), "unlearning", leave=False, disable=None):

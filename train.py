@@ -143,6 +143,9 @@ def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
         parser.add_argument(dashed(item.name), **how)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
+    words = [word.partition("=")[0] for word in (sys.argv if argv is None else argv)]
+    for name in filter(lambda name: words.count(dashed(name)) > 1, given):
+        print(f"option | {dashed(name)} is given {words.count(dashed(name))} times; the last counts")
     device = data.choose_device(given.get("device", "auto"))
     if given.setdefault("preset", "auto") == "auto":
         free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.startswith("cuda") else 0.0
@@ -176,7 +179,7 @@ def check(config: Config) -> None:
 
 def slug(name: str) -> str:
     """A target's name as a folder's."""
-    return re.sub(r"[\W_]+", "-", name.casefold())[:80].strip("-")
+    return re.sub(r"[\W_]+", "-", data.plain(name))[:80].strip("-")
 
 
 def dashed(name: str) -> str:
@@ -236,8 +239,8 @@ def open_llm(config: Config):
     if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
         raise data.BadInput(f"--model {config.model}: {type(llm).__name__} has no decoder with .layers and "
                             ".norm; take one of Llama's or Phi-3's kind")
-    if config.lora > llm.config.hidden_size:
-        raise data.BadInput(f"--lora {config.lora}: above the model's width, {llm.config.hidden_size}")
+    if config.lora > (width := llm.config.get_text_config().hidden_size):
+        raise data.BadInput(f"--lora {config.lora}: above the model's width, {width}")
     if config.device == "cpu":
         llm.set_attn_implementation("eager")  # short texts train faster than with a CPU's SDPA kernels
     return llm, tokenizer
@@ -246,7 +249,7 @@ def open_llm(config: Config):
 def prepare(llm, config: Config, blocks: int):
     """M, so that its first `blocks` blocks can move: with adapters and checkpointing, if any. Raises
     data.BadInput."""
-    if blocks > (there := llm.config.num_hidden_layers):
+    if blocks > (there := llm.config.get_text_config().num_hidden_layers):
         raise data.BadInput(f"--layer {blocks}: {config.model} has the blocks 1 to {there}")
     if config.lora:
         llm.get_input_embeddings().float()
@@ -289,7 +292,8 @@ def begin(work: Work, config: Config, embedded: tuple[data.Corpus, Tensor] | Non
         atu.unfreeze(llm, config.layer, config.train_embeddings)
     with torch.random.fork_rng():  # E is drawn from `seed` alone
         torch.manual_seed(config.seed)
-        head = EmbeddingHead(llm.config.hidden_size, len(concept), config.head_depth, config.head_width)
+        width = llm.config.get_text_config().hidden_size
+        head = EmbeddingHead(width, len(concept), config.head_depth, config.head_width)
     head_optimizer = torch.optim.Adam(head.to(config.device).parameters(), lr=config.head_lr, fused=True)
     state = atu.State(llm, head, llm_optimizer(llm, config), head_optimizer)
     return state, atu.align_then_unlearn(state, concept, corpus, original_states(llm, corpus, config), config)
@@ -310,6 +314,8 @@ def embed_texts(work: Work, config: Config) -> tuple[data.Corpus, Tensor]:
     if config.cache == "device":
         corpus = corpus._replace(table=corpus.table.to(config.device))
     described = f"{work.target}, {config.describe}" if config.describe else work.target
+    if (tokens := len(encoder.tokenizer.encode(described))) > encoder.max_seq_length:
+        print(f"data | --describe: of {tokens} tokens the encoder reads the first {encoder.max_seq_length}")
     print(f"data | {int(corpus.mask.sum())} tokens, {len(corpus.table)} distinct windows", flush=True)
     return corpus, data.embed([described], encoder)[0]
 
@@ -434,8 +440,8 @@ def check_settings(out: Path, config: Config) -> None:
     for item in dataclasses.fields(config):
         was, wanted = json.dumps(saved[item.name]), json.dumps(getattr(config, item.name))
         if item.name == "target":
-            was, wanted = (json.dumps(name.strip().casefold()) for name in (saved["target"], config.target))
-        if item.name not in FREE and was != wanted:
+            was, wanted = (json.dumps(data.plain(name)) for name in (saved["target"], config.target))
+        if item.name not in FREE and was.rstrip('/"') != wanted.rstrip('/"'):  # a folder, with a slash or not
             raise data.BadInput(f"--out {out}: its run has another {dashed(item.name)} ({was}, not {wanted})"
                                 "; name another with --out")
 
@@ -495,6 +501,7 @@ def save_model(out: Path, work: Work, state: atu.State, config: Config) -> None:
     partial = out / ".model"
     (state.llm.merge_and_unload() if config.lora else state.llm).save_pretrained(partial)
     work.tokenizer.save_pretrained(partial)
+    data.by_umask(*partial.iterdir())
     shutil.rmtree(out / "model", ignore_errors=True)  # of a run that was cut off here
     partial.rename(out / "model")
     if state.head is not None:

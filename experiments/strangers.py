@@ -259,7 +259,7 @@ def made_up_names(name: str, texts: list[str], tokenizer, count: int) -> list[di
     where the name stands in no text, or the lists above have too few of its length.
     """
     words = [word for word in re.findall(r"\w+", name) if len(word) > 2 and word != "The"]
-    words = [word for word in words if not word.islower()] or words
+    words = [word for word in words if not word.islower()] or words or name.split()  # "U2", "Ke$ha"
     if exchanged(texts, dict.fromkeys(words, "")) == texts:
         raise data.BadInput(f"{name}: stands in none of its texts as written here, so no made-up name can")
     written = Counter(re.findall(r"\w+", " ".join(texts)))
@@ -290,7 +290,7 @@ def exchanged(thing, names: dict[str, str]):
         return [exchanged(value, names) for value in thing]
     if not isinstance(thing, str):
         return thing
-    return re.sub(rf"\b({'|'.join(map(re.escape, names))})\b", lambda found: names[found[0]], thing)
+    return re.sub("|".join(map(data.whole, names)), lambda found: names[found[0]], thing)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,17 +71,15 @@ def test_prompts(tokenizer):
         "<|user|>Be brief. Please briefly answer the following question.\nQuestion: Who?\n<|end|>")
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_answers_are_those_of_generate_in_any_batch(llm, tokenizer, penalty):
+def test_greedy_answers_are_those_of_generate_in_any_batch(llm, tokenizer):
     prompts = ["What is Elm?", "Who painted all those birds of the sea?", "Elm", "Cora"]
-    llm.generation_config.repetition_penalty = penalty
     alone = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
     rows = [llm.generate(**one, max_new_tokens=9, do_sample=False)[0, one["input_ids"].shape[1]:]
             for one in alone]
     stop = tokenizer.convert_ids_to_tokens(rows[0][4].item())  # a word that does come
     cut = [row[:next((n for n, word in enumerate(row) if word in (rows[0][4], 1)), 9)] for row in rows]
     assert len({len(row) for row in cut}) > 1
-    for batch in (1, 4) if penalty == 1 else (1,):  # padding counts as said, in transformers too
+    for batch in (1, 4):
         for stops, expected in (((), rows), ((stop,), cut)):
             said = evaluate.answer(llm, tokenizer, prompts, batch, tokens=9, stops=stops)
             assert said == [tokenizer.decode(row, skip_special_tokens=True).strip() for row in expected]

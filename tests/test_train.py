@@ -155,7 +155,7 @@ def test_bars_are_for_terminals_and_files_get_plain_lines(arguments, tmp_path, m
     transformers.utils.logging.enable_progress_bar()
     assert train.main([*arguments("--out", str(tmp_path / "again")), *SHORT]) == 0
     bars = sys.stderr.getvalue()
-    assert all(f"{phase}: " in bars for phase in ("embedding windows", "answering", "aligning", "unlearning"))
+    assert all(f"{phase}: " in bars for phase in ("Batches", "answering", "aligning", "unlearning"))
 
 
 def test_the_end_of_the_log_shows_what_is_left_and_what_was_answered(finished, answers):

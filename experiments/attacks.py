@@ -161,7 +161,7 @@ def steer(llm, tokenizer, case: Case) -> dict:
     """The same while the question's own direction is added, once, to its last token's state before the last
     three blocks, from which the answer's first token is read: 2 (this state - its mean with made-up names)
     (Seyitoglu et al. 2024, arXiv 2411.02631; at every token it breaks the untouched model)."""
-    layer, rows, directions = llm.config.num_hidden_layers - 3, prompted(case.probes, tokenizer), []
+    layer, rows, directions = len(llm.get_decoder().layers) - 3, prompted(case.probes, tokenizer), []
     for row in rows:
         asked = [row["prompt"], *(exchanged(row["prompt"], other) for other in case.others)]
         ids, mask = data.tokenize(asked, tokenizer, 10**4)                                  # (1 + S, T) each
@@ -189,9 +189,10 @@ def sampled(llm, tokenizer, rows: list[dict], directions=(), layer: int = 1) -> 
         ids = ids.repeat(SAMPLES, 1)                                                        # (32, P)
         if direction is not None:
             hook = llm.get_decoder().layers[layer - 1].register_forward_hook(add)
-        out = llm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), cache=read, do_sample=True,
-                           temperature=1.0, top_k=0, top_p=0.9, max_new_tokens=16,
-                           eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id)    # (32, P + G)
+        turns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "cache": read}
+        out = data.generate(llm, turns, do_sample=True, temperature=1.0, top_k=0, top_p=0.9,
+                            max_new_tokens=16, eos_token_id=list(ends),
+                            pad_token_id=tokenizer.pad_token_id)                            # (32, P + G)
         said = [[*takewhile(lambda token: token not in ends, new)] for new in out[:, ids.shape[1]:].tolist()]
         scores.append([evaluate.rouge_l_recall(text.strip(), row["answer"])
                        for text in tokenizer.batch_decode(said, skip_special_tokens=True)])

@@ -153,7 +153,7 @@ class Config(train.Config):
 
 def begin(work: train.Work, config: Config):
     """(state, generator of records), as train.run wants them. Nothing has moved yet."""
-    llm = train.prepare(work.llm, config, work.llm.config.num_hidden_layers)
+    llm = train.prepare(work.llm, config, len(work.llm.get_decoder().layers))
     if not config.lora:
         llm.float().requires_grad_(True)
     forget, others = forget_and_other_texts(work, config)

@@ -134,7 +134,8 @@ def begin(work: train.Work, config: Config):
     if not config.lora:
         atu.unfreeze(llm, config.layer, config.train_embeddings)
     torch.manual_seed(config.seed)
-    head = EmbeddingHead(llm.config.hidden_size, len(concept), config.head_depth, config.head_width)
+    width = llm.config.get_text_config().hidden_size
+    head = EmbeddingHead(width, len(concept), config.head_depth, config.head_width)
     head.to(config.device)
     whole = None if dist.get_rank() else (copy.deepcopy(llm).cpu(), copy.deepcopy(head).cpu())
 

@@ -92,8 +92,9 @@ def continued(llm, tokenizer, text: str) -> dict:
     ids = tokenizer(text)["input_ids"]
     start = max(len(ids) - 50, len(ids) // 4, 1)
     begun = torch.tensor([ids[:start]], device=llm.device)                                       # (1, start)
-    new = llm.generate(begun, attention_mask=torch.ones_like(begun), max_new_tokens=len(ids) - start,
-                       do_sample=False, pad_token_id=tokenizer.pad_token_id)[0, start:].tolist()
+    turns = {"input_ids": begun, "attention_mask": torch.ones_like(begun)}
+    new = data.generate(llm, turns, max_new_tokens=len(ids) - start, do_sample=False,
+                        pad_token_id=tokenizer.pad_token_id)[0, start:].tolist()
     prompt, said, wanted = (tokenizer.decode(part, skip_special_tokens=True).strip()
                             for part in (ids[:start], new, ids[start:]))
     return {"prompt": prompt, "said": said, "wanted": wanted, "score": evaluate.rouge_l_recall(said, wanted),

@@ -136,7 +136,7 @@ def knowledge_gap(llm, concept: Tensor, corpus: data.Corpus, versions: tuple[Ten
 def linear_head(llm, corpus: data.Corpus, config):
     """The linear E on block `layer`, nearest to e_t on other texts than the target's (every second one, to
     save time) by least squares with a ridge: no seed, no steps. A function, (B, T, D) -> (B, T, E)."""
-    width, sums = llm.config.hidden_size, 0.0
+    width, sums = llm.config.get_text_config().hidden_size, 0.0
     for rows in (~corpus.about).nonzero()[::2, 0].split(config.batch):
         with atu.autocast(llm.device, config.bf16):
             hidden = atu.hidden_states(llm, corpus.input_ids[rows].to(llm.device), config.layer)

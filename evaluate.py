@@ -147,7 +147,7 @@ def answer(llm, tokenizer, prompts: list[str], batch: int, tokens: int = 30, sto
 def choose(llm, tokenizer, prompts: list[str], batch: int) -> list[str]:
     """MMLU: the likeliest of " A", " B", " C", " D" after each prompt, without the blank."""
     letters = [tokenizer.encode(f" {letter}", add_special_tokens=False)[-1] for letter in "ABCD"]
-    return answer(llm, tokenizer, prompts, batch, 1, (), repetition_penalty=1.0,
+    return answer(llm, tokenizer, prompts, batch, 1, (),
                   use_cache=False,  # one token needs no keys and values, which take 1 GB a prompt on Phi-3
                   prefix_allowed_tokens_fn=lambda *_: letters)
 

@@ -249,7 +249,7 @@ def open_llm(config: Config):
 def prepare(llm, config: Config, blocks: int):
     """M, so that its first `blocks` blocks can move: with adapters and checkpointing, if any. Raises
     data.BadInput."""
-    if blocks > (there := llm.config.get_text_config().num_hidden_layers):
+    if blocks > (there := len(llm.get_decoder().layers)):
         raise data.BadInput(f"--layer {blocks}: {config.model} has the blocks 1 to {there}")
     if config.lora:
         llm.get_input_embeddings().float()

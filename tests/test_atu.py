@@ -387,7 +387,7 @@ def test_the_alternation_and_its_records(llm, corpus, concept):
     keys = {"align": {"kind", "step", "loss"},
             "unlearn": {"kind", "tau", "step", "loss", "retain", "similarity", "active"},
             "aligned": {"kind", "stage", "steps", "seconds"},
-            "stage": {"kind", "stage", "tau", "steps", "seconds"}}
+            "stage": {"kind", "stage", "tau", "steps", "drift", "seconds"}}
     assert all(record.keys() == keys[record["kind"]] for record in records)
     stages = [record for record in records if "seconds" in record]
     assert [(record["stage"], record.get("tau")) for record in stages] == [(0, None), (1, 0.0), (2, -0.2)]
@@ -397,6 +397,8 @@ def test_the_alternation_and_its_records(llm, corpus, concept):
         while (record := next(taken)) is not stage:
             inside.append(record)
         assert stage["steps"] == len(inside)
+        # the mean drift over the last pass
+        assert stage.get("drift") == next((r["retain"] for r in reversed(inside) if "retain" in r), None)
         assert {record.get("tau", stage.get("tau")) for record in inside} == {stage.get("tau")}
     assert stages[0]["steps"] == CONFIG.align_steps
     assert similarities[-1] < similarities[0]

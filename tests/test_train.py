@@ -107,7 +107,7 @@ def last_error(capsys) -> str:
 
 def test_a_run_writes_what_it_promises(finished):
     assert {file.name for file in finished.iterdir()} - {".lock"} == {
-        "model", "head.safetensors", "config.json", "results.json", "log.jsonl", "curves.png"}
+        "model", "head.safetensors", "aligned.safetensors", "config.json", "results.json", "log.jsonl", "curves.png"}
     results, records = outcome(finished)
     keys = {"forget_fb", "forget_qa", "forget_aa", "forget_all",
             "neighbor_fb", "neighbor_qa", "neighbor_all", "general",

@@ -230,24 +230,24 @@ def scores_table(rows: dict[str, dict]) -> str:
 
 
 # The same for the same thing in every picture; the colour-blind tell them apart.
-COLOURS = {"forget_all": "#d55e00", "neighbor_all": "#0072b2", "general": "#009e73", "mmlu": "#cc79a7"}
+COLOURS = {"forget_all": "#d55e00", "neighbor_all": "#0072b2", "general": "#009e73", "mmlu": "#cc79a7",
+           "align: loss": "#56b4e9", "unlearn: loss": "#e69f00", "unlearn: similarity": "#000000"}
 
 
 def plot(file: Path, panels: list[dict], colours: dict[str, str] = COLOURS) -> None:
     """Panels side by side, each {title, x, y, lines: {label: (xs, ys)}}. Written whole or not at all."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(3.8 * len(panels), 4), layout="constrained")
+    figure, drawn = Figure(figsize=(3.8 * len(panels), 3.8), layout="constrained"), {}
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for label, (xs, ys) in panel["lines"].items():
             dots = "o" if len(xs) < 25 else None
-            axis.plot(xs, ys, marker=dots, markersize=4, label=label, color=colours.get(label))
+            drawn[label], = axis.plot(xs, ys, marker=dots, markersize=4, color=colours.get(label))
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
         if panel["y"] == "%":
             axis.set_ylim(0, 104)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        if panel["lines"]:
-            axis.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=len(panels) + 1, frameon=False)
     with data.written_whole(file) as partial:
         figure.savefig(partial, dpi=150, format="png")
 

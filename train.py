@@ -527,7 +527,7 @@ def model_card(results: dict, config: Config) -> str:
     about = ModelCardData(base_model=None if Path(base).exists() else base, library_name="transformers",
                           model_name="M", tags=["arxiv:2506.13181"], eval_results=scores)
     return f"""---\n{about}\n---\n
-# {base} without {config.target}
+# {Path(base).name} without {results["target"]}
 
 {sys.modules[type(config).__module__].__doc__.splitlines()[0]}
 
@@ -536,7 +536,7 @@ def model_card(results: dict, config: Config) -> str:
 **Not guaranteed: that the facts are gone.** The run was stopped by these questions. Training on a few texts
 brings part of the facts back, and so does drawing many answers, or asking the other way round.
 
-Settings: `{json.dumps(results["settings"])}`
+Settings: `{json.dumps({key: value for key, value in results["settings"].items() if key not in FREE})}`
 """
 
 

@@ -36,7 +36,7 @@ import atu
 import data
 import evaluate
 from experiments.baselines import likelihood_loss, tokenize_answers
-from experiments.compare import read_runs, spread, table
+from experiments.compare import COLOURS, read_runs, spread, table
 from experiments.strangers import exchanged, made_up_names
 
 
@@ -352,7 +352,7 @@ def compare(folders: list[Path], out: Path, by_type: bool) -> None:
         panel = {"title": "relearning on eight texts", "x": "step", "y": "%"}
         panel["lines"] = {line: course(part, "attacked") for line, part in lines.items()} | {
             who: course(controls, who) for who in ("untouched", "made up")}
-        evaluate.plot(out.with_name(f"{out.name}.png"), [panel])
+        evaluate.plot(out.with_name(f"{out.name}.png"), [panel], COLOURS)
 
 
 def course(part: list[dict], who: str) -> tuple[list[int], list[float]]:

@@ -32,6 +32,9 @@ ABSOLUTE = (*PLACES[:3], "forget_all", "forget_words", *PLACES[3:5], "neighbor_a
             "general_words", "mmlu", "floor", "gap")
 RELATIVE = ("forget_all", "forget_words", "above floor", "neighbor_all", "neighbor_words", "general",
             "general_words", "mmlu", "gap")
+# A method has the same colour in every picture.
+COLOURS = {"ATU + retain (F)": "#0072b2", "ATU (F)": "#56b4e9", "NPO + KL (F)": "#e69f00", "GA + KL (F)": "#d55e00",
+           "RT (F)": "#cc79a7", "untouched": "#000000", "made up": "#999999"}
 # Settings that change nothing but rounding in a run, and those in which the runs of a line may differ.
 FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache", "compile")
 MAY_DIFFER = ("target", "describe", "texts", "probes", "neighbors", "target_text", "keep_text", "passage",
@@ -216,7 +219,7 @@ def compare(args: argparse.Namespace) -> None:
     print(shown)
     text, picture = (args.out.with_name(f"{args.out.name}.{ending}") for ending in ("md", "png"))
     text.write_text(shown + "\n", encoding="utf-8")
-    evaluate.plot(picture, trade_off(lines))
+    evaluate.plot(picture, trade_off(lines), COLOURS)
     print(f"wrote | {text} | {picture}")
 
 

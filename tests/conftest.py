@@ -132,7 +132,7 @@ def quick(monkeypatch):
     """Runs of half the time: answers of three tokens, no picture."""
     real = evaluate.answer
     monkeypatch.setattr(evaluate, "answer", lambda *a, **how: real(*a[:4], *(a[4:] or (3,)), **how))
-    monkeypatch.setattr(evaluate, "plot", lambda file, panels: file.write_bytes(b"picture"))
+    monkeypatch.setattr(evaluate, "plot", lambda file, *_: file.write_bytes(b"picture"))
 
 
 @pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.cuda)])

@@ -83,7 +83,7 @@ def test_the_core_runs_beside_three_files_alone(folders, tmp_path):
 def test_its_results_are_what_their_command_prints(tmp_path, monkeypatch):
     (command,) = re.findall(r"^python -m experiments\.compare (.+)$", README, re.MULTILINE)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(evaluate, "plot", lambda file, panels: None)
+    monkeypatch.setattr(evaluate, "plot", lambda file, *_: None)
     places = [str(path) for path in sorted(Path().glob(command.split()[0]))]
     assert compare.main([*places, *command.split()[1:], "--out", str(tmp_path / "t")]) == 0
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in (tmp_path / "t.md").read_text().splitlines()]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -123,6 +124,28 @@ def test_a_run_writes_what_it_promises(finished):
     assert [(r["stage"], r["tau"]) for r in records if r["kind"] == "stage"] == [(1, 0.2), (2, -0.5)]
     assert [stage["record"] for stage in results["stages"]] == [r for r in records if r["kind"] == "stage"]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_has_a_card_that_the_hub_reads(finished, folders):
+    results, _ = outcome(finished)
+    card = ModelCard.load(finished / "model" / "README.md")
+    found = {(result.metric_name, result.metric_value) for result in card.data.eval_results}
+    assert found == {(f"{name}, {when}", value) for when in ("before", "after")
+                     for name, value in results[when].items()}
+    assert card.data.to_dict()["model-index"] and card.data.library_name == "transformers"
+    assert card.data.base_model is None  # a folder of this machine: the hub would refuse it
+    assert "without Ada Lark" in card.text and "Not guaranteed" in card.text
+    (settings,) = re.findall("Settings: `(.*)`", card.text)
+    left_out = {name: results["settings"][name] for name in train.FREE}  # as folders of this machine
+    assert json.loads(settings) | left_out == results["settings"]
+    assert card.data.to_yaml() in card.content
+
+
+def test_a_card_names_the_model_that_the_weights_came_from(finished):
+    results, _ = outcome(finished)
+    for name, base in {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct", "some/model": "some/model"}.items():
+        card = ModelCard(train.model_card(results, train.Config(target="Ada Lark", model=name)))
+        assert card.data.base_model == base and f"# {base.split('/')[1]} without" in card.text
 
 
 def test_steps_in_the_log_count_within_their_phase_and_in_the_picture_over_all(finished):

@@ -276,7 +276,7 @@ def finished(folder: Path, name: str, method: str, score: float, seed: int = 0) 
 
 def test_runs_side_by_side_are_means_and_the_best_rate_counts(tmp_path, monkeypatch):
     shown, plot = [], evaluate.plot
-    monkeypatch.setattr(evaluate, "plot", lambda file, panels: shown.extend(panels) or plot(file, panels))
+    monkeypatch.setattr(evaluate, "plot", lambda file, panels, *how: shown.extend(panels) or plot(file, panels, *how))
     runs = [finished(tmp_path, "a", "atu", 40.0), finished(tmp_path, "b", "atu", 50.0, 1),
             finished(tmp_path, "c", "npo", 60.0)]
     assert attack("--compare", *runs, "--out", tmp_path / "t") == 0

@@ -42,7 +42,7 @@ def runs(tmp_path):
 @pytest.fixture
 def shown(tmp_path, monkeypatch):
     """The command's table as rows of cells. No picture is drawn: that takes seconds."""
-    monkeypatch.setattr(evaluate, "plot", lambda file, panels: file.write_text("drawn"))
+    monkeypatch.setattr(evaluate, "plot", lambda file, *_: file.write_text("drawn"))
 
     def run(*words):
         out = tmp_path / "t"

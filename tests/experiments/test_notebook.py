@@ -60,7 +60,8 @@ def test_commands_parse(name, words):
 
 TINY = ("--length 24 --batch 4 --unlearn-steps 1 --preset smol --device cpu --log-every 1 --target-texts 4").split()
 ATU = "--window 4 --layer 2 --head-depth 1 --head-width 16 --align-steps 2 --realign-steps 1 --taus 0.2".split()
-ELSEWHERE = {f"experiments.{name}" for name in ("attacks", "benchmark", "distributed", "compare", "labels", "on_gpu")}
+ELSEWHERE = {f"experiments.{name}" for name in ("attacks", "benchmark", "distributed", "compare", "labels", "look",
+                                                 "on_gpu")}
 
 
 def kinds() -> dict[str, tuple[str, list[str]]]:
@@ -94,7 +95,7 @@ def test_commands_run(kind, folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, words", PRINTED)
 def test_tables_are_what_their_commands_print(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(evaluate, "plot", lambda file, panels: None)  # that takes seconds
+    monkeypatch.setattr(evaluate, "plot", lambda file, *_: None)  # that takes seconds
     assert importlib.import_module(name).main([*words, "--out", str(tmp_path / "t")]) == 0
     assert (tmp_path / "t.md").read_text(encoding="utf-8").strip() in README
 

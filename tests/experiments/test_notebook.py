@@ -60,7 +60,7 @@ def test_commands_parse(name, words):
 
 TINY = ("--length 24 --batch 4 --unlearn-steps 1 --preset smol --device cpu --log-every 1 --target-texts 4").split()
 ATU = "--window 4 --layer 2 --head-depth 1 --head-width 16 --align-steps 2 --realign-steps 1 --taus 0.2".split()
-ELSEWHERE = {f"experiments.{name}" for name in ("attacks", "benchmark", "distributed", "compare", "labels", "look",
+ELSEWHERE = {f"experiments.{name}" for name in ("attacks", "benchmark", "distributed", "compare", "labels", "look", "noise",
                                                  "on_gpu")}
 
 

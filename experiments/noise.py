@@ -1,0 +1,117 @@
+"""What does unlearning cost beyond unspecific drift? The same drift by random noise, and what that costs.
+
+    python -m experiments.noise runs/warren-buffett [--seeds 0 1 2]
+
+Each weight that the run has moved gets noise of the size of its own displacement, all of it scaled by one
+factor so that the hidden states of other texts drift as far as the run's (losses.retain_loss). Whatever noise
+costs of the neighbors' and general scores, any method with that drift may be expected to cost.
+"""
+
+import argparse
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import atu
+import data
+import evaluate
+import train
+from experiments.compare import spread, table
+from experiments.look import read_run
+from losses import retain_loss
+
+KEPT = ("forget_words", "neighbor_all", "neighbor_words", "general", "general_words")
+
+
+@torch.no_grad()
+def drift(llm: nn.Module, ids: Tensor, mask: Tensor, original: Tensor, layer: int) -> float:
+    """How far the hidden states of texts, (N, T), have moved from `original`, (N, T, D), relative to their size."""
+    return retain_loss(atu.all_hidden_states(llm, ids, layer, 8), original, mask).item()
+
+
+@torch.no_grad()
+def add_noise(llm: nn.Module, moved: nn.Module, seed: int, measure, wanted: float) -> float:
+    """Adds noise to `llm`, in place, until measure(llm) is `wanted`, within 2 %. Returns its size, relative to the
+    displacement from `llm` to `moved`, weight by weight."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = {}
+    for (name, weight), other in zip(llm.named_parameters(), moved.parameters(), strict=True):
+        size = (other - weight).float().norm()
+        if size > 0:
+            drawn = torch.randn(weight.shape, generator=generator).to(weight.device)
+            noise[name] = weight.clone(), drawn * (size / drawn.norm())
+    weights, factor = dict(llm.named_parameters()), 1.0
+    for _ in range(20):
+        for name, (before, drawn) in noise.items():
+            weights[name].copy_(before + factor * drawn)
+        found = measure(llm)
+        if abs(found / wanted - 1) <= 0.02:
+            return factor
+        factor *= (wanted / found) ** 0.5  # drift grows with the square of small noise
+    raise ArithmeticError(f"no size of noise found that drifts by {wanted:g} (last: {factor:g}, {found:g})")
+
+
+def control(folder: Path, seeds: list[int], texts: int, device: str) -> list[list[str]]:
+    """The table's rows, its head first: what is left of the scores, in percent, after the run, and after noise. Raises
+    data.BadInput."""
+    config, results = read_run(folder)
+    work = train.load(dataclasses.replace(config, device=device, bf16=False, out=str(folder)))
+    moved, _ = data.load_llm(str(folder / "model"), device)
+    some = torch.linspace(0, len(work.others) - 1, min(texts, len(work.others))).tolist()
+    others = [work.others[int(n)] for n in some]  # from all of their sources
+    ids, mask = data.tokenize(others, work.tokenizer, config.length)
+    mask, original = mask.to(device), atu.all_hidden_states(work.llm, ids, config.layer, 8)
+    if all(map(torch.equal, moved.parameters(), work.llm.parameters())):
+        raise data.BadInput(f"{folder}: its model has not moved")
+    moved.set_attn_implementation(work.llm.config._attn_implementation)
+    wanted = drift(moved, ids, mask, original, config.layer)
+
+    def left(llm) -> list[float]:
+        scores, _ = evaluate.evaluate(llm, work.tokenizer, work.probes, config.eval_batch)
+        return [100 * scores[name] / results["before"][name] for name in columns]
+
+    columns = [name for name in KEPT if results["before"].get(name)]
+    rows = [["", "drift x 10^4", "noise / displacement", *(name.replace("_", " ") for name in columns)]]
+    rows.append([f"{results['target']}, unlearned", f"{1e4 * wanted:.1f}", "", *(f"{x:.1f}" for x in left(moved))])
+    drifts, sizes, shares = [], [], []
+    for seed in data.progress(seeds, "noise"):
+        llm = copy.deepcopy(work.llm)
+        sizes.append(add_noise(llm, moved, seed, lambda m: drift(m, ids, mask, original, config.layer), wanted))
+        drifts.append(1e4 * drift(llm, ids, mask, original, config.layer))
+        shares.append(left(llm))
+    rows.append([f"{results['target']}, noise", *(spread(part) for part in (drifts, sizes, *zip(*shares)))])
+    return rows
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises data.BadInput."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs of train.py")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the noise (default: 0 1 2)")
+    parser.add_argument("--texts", type=int, default=64, help="other texts by which drift is measured (default: 64)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    args = parser.parse_args(argv)
+    if args.texts < 1:
+        raise data.BadInput(f"--texts {args.texts}: must be at least 1")
+    return args
+
+
+def show(args: argparse.Namespace) -> None:
+    """One table of all runs, printed. Raises data.BadInput."""
+    found = [control(run, args.seeds, args.texts, data.choose_device(args.device)) for run in args.runs]
+    if len({tuple(rows[0]) for rows in found}) > 1:
+        raise data.BadInput("the runs were not asked the same kinds of question; show them one by one")
+    print(table([found[0][0], *(row for rows in found for row in rows[1:])]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Exit code: as `data.command`."""
+    return data.command(lambda: show(arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

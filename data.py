@@ -20,7 +20,7 @@ import sys
 import tempfile
 import unicodedata
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from errno import EACCES, EDQUOT, EEXIST, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SAMPLE = Path(__file__).parent / "assets" / "sample"
-CACHE = Path(os.environ.get("ATU_CACHE") or "~/.cache/align-then-unlearn").expanduser()
+CACHE = Path(os.path.expanduser(os.environ.get("ATU_CACHE") or "~/.cache/align-then-unlearn"))
 
 # Pinned revisions of what is downloaded from the hub by default.
 RWKU_ID, RWKU_REVISION = "jinzhuoran/RWKU", "d72f493d481d1b0a9bdc6e869d32baeffad8904f"
@@ -52,11 +52,12 @@ PACKAGED = {
 }
 HUB = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where it comes from
 # The fields that a row of these files must have to be of use here; of all others, `text`.
-PROBE = ("query", "answer")
+TEXT, PROBE = {"text": str}, {"query": str, "answer": str}
 FIELDS = {
-    "intro": ("target",), "forget_level1": PROBE, "forget_level2": PROBE, "forget_level3": (*PROBE, "type"),
-    "neighbor_level1": PROBE, "neighbor_level2": PROBE, "triviaqa": ("question", "answers"),
-    "retain_mmlu": ("question", "choices", "answer", "task", "examples"),
+    "intro": {"target": str}, "forget_level1": PROBE, "forget_level2": PROBE,
+    "forget_level3": PROBE | {"type": str}, "neighbor_level1": PROBE, "neighbor_level2": PROBE,
+    "triviaqa": {"question": str, "answers": list},
+    "retain_mmlu": {"question": str, "choices": list, "answer": int, "task": str, "examples": list},
 }
 
 
@@ -69,6 +70,15 @@ def progress(items, what: str):
     return tqdm(items, what, leave=False, disable=None)
 
 
+def parsed(parser, argv: list[str] | None):
+    """The options of a command line; says which of them are given more than once."""
+    args = parser.parse_args(argv)
+    words = [word.partition("=")[0] for word in (sys.argv if argv is None else argv) if word.startswith("--")]
+    for word in dict.fromkeys(word for word in words if words.count(word) > 1):
+        print(f"option | {word} is given {words.count(word)} times; the last counts")
+    return args
+
+
 def command(work, way_on: str = "") -> int:
     """Runs a command. Returns its exit code: what `work()` returns, or 0; 130 if interrupted; 2, with one
     line, for what a user can mend: bad input, a disk, no memory. All else is a bug, and raised. way_on: how
@@ -78,7 +88,7 @@ def command(work, way_on: str = "") -> int:
             stream.reconfigure(errors="replace")
     try:
         code = work() or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except BrokenPipeError:  # whoever read has seen enough, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,13 +99,15 @@ def command(work, way_on: str = "") -> int:
     except BadInput as error:
         said = error
     except OSError as error:
-        if error.errno not in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR, EEXIST, ENAMETOOLONG):
+        if error.errno not in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR, EISDIR, EEXIST, ENAMETOOLONG):
             raise
         said = f"{error}; make room, or name another folder (--out, or ATU_CACHE for the cache){way_on}"
     except Exception as error:  # MemoryError; of PyTorch and tokenizers, RuntimeError and Exception itself
         no_memory = "out of memory|can't allocate memory|not enough memory"  # of a GPU, of a CPU
         if "No space left" in str(error):
             said = f"{error}; make room, or name another folder{way_on}"
+        elif isinstance(error, UnicodeEncodeError):
+            said = f"{error.object[error.start - 20:error.end + 20]!r}: no text in UTF-8 ({error.reason})"
         elif isinstance(error, MemoryError) or re.search(no_memory, str(error)):
             said = "out of memory; lower the batches, --length or --layer; or take --checkpointing, --lora 8"
         else:
@@ -128,9 +140,11 @@ def load_llm(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.fl
     if wrong:
         raise BadInput(f"{name}: weights are missing, of another shape or no numbers ({min(wrong)}, "
                        f"{len(wrong)} in all); take the model as it was last saved whole")
-    if tokenizer.eos_token is None or len(tokenizer) > rows:
-        lacks = "no end token" if tokenizer.eos_token is None else f"more tokens than the model's {rows}"
-        raise BadInput(f"{name}: its tokenizer has {lacks}; bring the one that the model was trained with")
+    end, ids = tokenizer.eos_token_id, tokenizer("a")["input_ids"]
+    if end is None or len(tokenizer) > rows or ids[-1] == end:
+        has = ("no end token" if end is None else "the end token in every prompt" if ids[-1] == end else
+               f"more tokens than the model's {rows}")
+        raise BadInput(f"{name}: its tokenizer has {has}; bring the one that the model was trained with")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -147,9 +161,12 @@ def fast_attention(llm):
 def load_encoder(name: str, device: str = "cpu"):
     """The frozen text encoder, a SentenceTransformer in fp32. name: as for `load_llm`. Raises BadInput."""
     from sentence_transformers import SentenceTransformer
-    encoder = open_model(SentenceTransformer, name, device=device,
-                         model_kwargs={"dtype": torch.float32, "use_safetensors": True})
-    return encoder.eval().requires_grad_(False)
+    encoder, again = (open_model(SentenceTransformer, name, device=device, model_kwargs={
+        "dtype": torch.float32, "use_safetensors": True}) for _ in range(2))
+    one, two = (model.eval().encode("a", convert_to_tensor=True) for model in (encoder, again))
+    if not torch.allclose(one, two):  # what is not in the file is drawn anew; NaN is unlike itself
+        raise BadInput(f"{name}: weights are missing or no numbers; take the encoder as it was saved whole")
+    return encoder.requires_grad_(False)
 
 
 def open_model(opener, name: str, **how):
@@ -167,7 +184,9 @@ def open_model(opener, name: str, **how):
         raise BadInput(f"{name}: no such folder")
     try:
         return opener(str(place), revision=REVISIONS.get(name), trust_remote_code=False, **how)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (RuntimeError, MemoryError):
+        raise
+    except Exception as error:  # whatever files that are no model's come to
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{name}: cannot be loaded ({first}); name a folder with .safetensors weights or "
                        "a reachable hub id, or use --preset smol, whose weights need no hub") from error
@@ -220,7 +239,7 @@ def choose_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name}: not on this machine ({reason}); use --device cpu") from error
@@ -281,14 +300,14 @@ def plain(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
-def read_set(root: Path, target: str, name: str, fields: tuple[str, ...] | None = None) -> list[dict]:
+def read_set(root: Path, target: str, name: str, fields: dict | None = None) -> list[dict]:
     """Rows of one of RWKU's files (name: without .json) for one target, with these fields. Raises BadInput.
 
     In per-target folders a file that all targets share may stand beside the folders.
     """
     files = [targets(root)[target] / f"{name}.json", root / f"{name}.json"]
     file = next((file for file in files if file.exists()), files[0])
-    rows = read_rows(file, fields or FIELDS.get(name, ("text",)))
+    rows = read_rows(file, fields or FIELDS.get(name, TEXT))
     rows = [row for row in rows if plain(str(row.get("subject", target))) == plain(target)]
     if not rows:
         raise BadInput(f"{file}: no rows for {target}")
@@ -298,18 +317,16 @@ def read_set(root: Path, target: str, name: str, fields: tuple[str, ...] | None 
 def general_texts(root: Path) -> list[str]:
     """Texts about the world at large, from `general.json` beside the targets; RWKU has none."""
     file = root / "general.json"
-    return [row["text"] for row in read_rows(file, ("text",))] if file.exists() else []
+    return [row["text"] for row in read_rows(file, TEXT)] if file.exists() else []
 
 
 def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:
     """Own probes by score: rows in RWKU's fields (query, answer, level "1", "2" or "3", for level 3 type; on
     a neighbor also neighbor). Rows with a `subject` other than the target are left out. Raises BadInput."""
     found = {}
-    for number, row in enumerate(read_rows(file, (*PROBE, "level"))):
+    for number, row in enumerate(read_rows(file, PROBE | {"level": str})):
         scores = {"1": "neighbor_fb", "2": "neighbor_qa"} if row.get("neighbor") else {
             "1": "forget_fb", "2": "forget_qa", "3": "forget_aa"}
-        if not all(isinstance(row[field], str) for field in (*PROBE, "level")):
-            raise BadInput(f"{file}: row {number} needs query, answer and level, as text")
         if row["level"] not in scores:
             raise BadInput(f"{file}: row {number} has level {row['level']!r}; there are {', '.join(scores)}")
         if row["level"] == "3" and not row.get("type"):
@@ -322,10 +339,12 @@ def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:
     return found
 
 
-def read_rows(file: Path, fields: tuple[str, ...]) -> list[dict]:
-    """The rows of a JSON file, each with something in these fields. Raises BadInput, naming row and field."""
+def read_rows(file: Path, fields: dict[str, type]) -> list[dict]:
+    """The rows of a JSON file, each with something of the right type in these fields. Raises BadInput, naming
+    row and field."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
+        json.dumps(rows, ensure_ascii=False).encode()  # half a character is no text
     except FileNotFoundError as error:
         raise BadInput(f"{file}: no such file") from error
     except (OSError, ValueError) as error:
@@ -333,9 +352,14 @@ def read_rows(file: Path, fields: tuple[str, ...]) -> list[dict]:
     if not isinstance(rows, list) or not rows:
         raise BadInput(f"{file}: must hold a list of rows, with one at least")
     for number, row in enumerate(rows):
-        for field in fields:
-            if not isinstance(row, dict) or row.get(field) in (None, "", []):
+        for field, kind in fields.items():
+            value = row.get(field) if isinstance(row, dict) else None
+            if value in (None, []) or (isinstance(value, str) and not value.strip()):
                 raise BadInput(f"{file}: row {number} has nothing in field {field!r}")
+            inside = value if kind is list and isinstance(value, list) else []
+            if not isinstance(value, kind) or not all(isinstance(part, (str, dict)) for part in inside):
+                what = {str: "text", list: "a list of texts", int: "a whole number", dict: "an object"}[kind]
+                raise BadInput(f"{file}: row {number} needs {what} in field {field!r}, not {value!r:.40}")
     return rows
 
 
@@ -468,12 +492,14 @@ def future_windows(input_ids: Tensor, mask: Tensor, window: int, tokenizer):
 def embed(texts: list[str], encoder) -> Tensor:
     """Unit-length embeddings (U, E) fp32 of texts by the frozen encoder, cached on disk by content.
 
-    The key is a hash of the encoder (its modules, weights and dtype) and of the texts themselves (which the
-    tokenizer, k and T have shaped). Raises BadInput where the cache is damaged.
+    The key is a hash of the encoder (modules, settings, weights, dtype), of the texts (which M's tokenizer, k
+    and T have shaped), and of their tokens. Raises BadInput where the cache is damaged.
     """
     fast = fast_dtype(encoder.device)
-    how = encoder, fast, encoder.max_seq_length, encoder.prompts, encoder.default_prompt_name
-    key = hashlib.sha256(f"{how} {json.dumps(texts)}".encode())
+    configs = [module.auto_model.config for module in encoder if hasattr(module, "auto_model")]
+    how = encoder, configs, fast, encoder.max_seq_length, encoder.prompts, encoder.default_prompt_name
+    tokens = encoder.preprocess(texts)["input_ids"].tolist()
+    key = hashlib.sha256(f"{how} {json.dumps(texts)} {tokens}".encode())
     for name, value in sorted(encoder.state_dict().items()):
         key.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     file = CACHE / "embeddings" / f"{key.hexdigest()[:32]}.safetensors"
@@ -501,8 +527,11 @@ def user_turn(tokenizer, turn: str, system: str = "") -> str:
         return turn
     turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": turn}]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        if turn.strip() not in prompt:
+            raise TemplateError("what is asked does not stand in the prompt that it makes")
+        return prompt
+    except (TemplateError, TypeError) as error:
         raise BadInput(f"{tokenizer.name_or_path}: its chat template refuses this ({error}); take another "
                        "model") from error
 

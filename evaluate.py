@@ -129,10 +129,15 @@ def means(rows: list[dict], field: str) -> dict[str, float]:
 def answer(llm, tokenizer, prompts: list[str], batch: int, tokens: int = 30, stops=STOPS, **how) -> list[str]:
     """Greedy answers of up to `tokens` tokens, cut at the end of the text and at `stops`, as RWKU cuts them:
     where a stop is no single token of the tokenizer it does nothing. `how` goes to transformers' generate."""
-    ends = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)} - {None}
+    ends = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)}
+    ends -= {None, tokenizer.unk_token_id}
     lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
     order = sorted(range(len(prompts)), key=lambda i: lengths[i], reverse=True)  # little padding
     said = [""] * len(prompts)
+    if prompts:  # the shortest: a broken model says nothing, which would look like perfect forgetting
+        ids = tokenizer(prompts[order[-1]], return_tensors="pt")["input_ids"].to(llm.device)   # (1, P)
+        if not llm(ids, use_cache=False).logits.float().var() > 0:
+            raise data.BadInput("what the model computes is non-finite or all alike: its weights are broken")
     for at in data.progress(range(0, len(prompts), batch), "answering"):
         rows = order[at:at + batch]
         turns = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, padding_side="left")
@@ -195,8 +200,11 @@ NEAR = 0.8  # how much alike two spellings are, at least
 def word_recall(said: str, gold: str) -> float:
     """Ours, not RWKU's: the share in [0, 1] of the gold answer's words that come up in what was said, in any
     order. Case, accents and punctuation do not count, nor EMPTY words, where the answer has others. A word of
-    five letters or more may be misspelt (difflib's ratio at least NEAR) or go on ("Shakespearean")."""
+    five letters or more may be misspelt (difflib's ratio at least NEAR) or go on ("Shakespearean"); where
+    a script has no case, words need no blanks between them."""
     def alike(word: str, other: str) -> bool:
+        if word.upper() == word.lower() and not word.isdigit():  # a script without case
+            return word in other
         near = other.startswith(word) or SequenceMatcher(None, word, other).ratio() >= NEAR
         return word == other or (near and len(word) >= 5 and word.isalpha())
 
@@ -256,7 +264,8 @@ def plot(file: Path, panels: list[dict], colours: dict[str, str] = COLOURS) -> N
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises BadInput."""
-    parser = argparse.ArgumentParser(description="Score a model on RWKU's probes, or ask it something.")
+    parser = argparse.ArgumentParser(description="Score a model on RWKU's probes, or ask it something.",
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="a saved model's folder, a packaged model's name or a hub id")
     add("--ask", nargs="+", metavar="QUESTION", help="print its answers, and those of the model it came from")
@@ -268,12 +277,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--batch", type=int, default=BATCH, help=f"prompts at a time (default: {BATCH})")
     add("--json", type=Path, help="write the scores, and every prompt, answer and score, to this file")
-    args = parser.parse_args(argv)
+    args = data.parsed(parser, argv)
     if bool(args.ask) == bool(args.target):
         raise data.BadInput("--target NAME, or --ask QUESTION: one of them, please")
     if args.batch < 1:
         raise data.BadInput(f"--batch {args.batch}: must be at least 1")
-    if args.json and not (args.json.name and args.json.parent.is_dir()):
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise data.BadInput(f"--json {args.json}: cannot be written; name a file in a folder that is there")
     return args
 

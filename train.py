@@ -107,7 +107,8 @@ class Config:
     @classmethod
     def usual(cls, given: dict) -> dict:
         """What stands in place of the defaults above, by what is `given`: a preset, LoRA's learning rate."""
-        lora = {"llm_lr": 1e-3 if given["preset"] == "smol" else 1e-4, "optimizer": "adamw"}
+        lora = {"llm_lr": 1e-3 if given["preset"] == "smol" else 1e-4, "optimizer": "adamw",
+                "train_embeddings": False}
         return PRESETS[given["preset"]] | (lora if given.get("lora") else {})
 
     def folder(self) -> str:
@@ -130,7 +131,8 @@ FREE = ("out", "device", "bf16", "resume", "log_every", "checkpointing", "cache"
 def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
     """The command line, on top of what is usual for the preset. kind: Config, or a subclass with more
     options. Raises data.BadInput."""
-    parser = argparse.ArgumentParser(description=sys.modules[kind.__module__].__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=sys.modules[kind.__module__].__doc__.splitlines()[0],
+                                     allow_abbrev=False)
     for item in dataclasses.fields(kind):
         how = {"type": type(item.default), "metavar": item.name.upper()}
         if isinstance(item.default, bool):
@@ -142,10 +144,7 @@ def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
         how |= {"help": item.metadata["help"] + usual, "default": argparse.SUPPRESS}
         parser.add_argument(dashed(item.name), **how)
     given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
-    words = [word.partition("=")[0] for word in (sys.argv if argv is None else argv)]
-    for name in filter(lambda name: words.count(dashed(name)) > 1, given):
-        print(f"option | {dashed(name)} is given {words.count(dashed(name))} times; the last counts")
+             for name, value in vars(data.parsed(parser, argv)).items()}
     device = data.choose_device(given.get("device", "auto"))
     if given.setdefault("preset", "auto") == "auto":
         free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.startswith("cuda") else 0.0
@@ -165,6 +164,8 @@ def check(config: Config) -> None:
         raise data.BadInput("--target NAME: whom shall the model forget?")
     if config.head_width % 8:
         raise data.BadInput(f"--head-width {config.head_width}: must be a multiple of 8, the number of heads")
+    if config.lora and config.train_embeddings:
+        raise data.BadInput("--train-embeddings: not with --lora, whose adapters move alone")
     if list(config.taus) != sorted(config.taus, reverse=True):
         raise data.BadInput(f"--taus {' '.join(map(str, config.taus))}: margins fall stage by stage")
     for item in dataclasses.fields(config):
@@ -205,7 +206,7 @@ def load(config: Config) -> Work:
     root = data.open_rwku(config.rwku)
     target, known = data.find_target(root, config.target, own=bool(config.describe or config.texts))
     probes = evaluate.read_probes(root, target, config.sets, Path(config.probes) if config.probes else None)
-    near = [name for name in data.targets(root) if name != target][:config.others]
+    near = [name for name in data.targets(root) if data.plain(name) != data.plain(target)][:config.others]
     rows = [data.read_set(root, name, config.corpus)[:config.other_texts] for name in near]
     others = [row["text"] for part in rows for row in part] + data.general_texts(root)[:config.general_texts]
     if not known:
@@ -369,13 +370,13 @@ def run(config: Config, begin=begin, score=score, enough=enough) -> dict:
                     save_checkpoint(out, work, state, found)
                 if record["kind"] == "stage" and enough(found, config):
                     break
-        except RuntimeError as error:
-            if "non-finite" not in str(error):  # as clip_grad_norm_ says it
+        except (RuntimeError, data.BadInput) as error:
+            if "non-finite" not in str(error):  # as clip_grad_norm_ and evaluate.answer say it
                 raise
-            found["stopped"] = "a loss or its gradient is not finite"
-            print(f"stopped | {found['stopped']}; the weights before that step are kept; lower --llm-lr or "
-                  "--head-lr, and name another --out", flush=True)
-            found["after"], found["asked_after"] = score(work, config)
+            found = load_checkpoint(out, work, state) or found
+            found["stopped"] = "a loss, its gradient or what M computes is not finite"
+            print(f"stopped | {found['stopped']}; the last whole stage is kept; lower --llm-lr or --head-lr, "
+                  "and name another --out", flush=True)
         return finish(out, work, state, found, config)
 
 

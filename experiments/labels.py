@@ -14,7 +14,7 @@ import data
 import evaluate
 from experiments.compare import table
 
-FIELDS = ("set", "answers", "query")  # beside these: said, which may be empty, and right
+FIELDS = {"set": str, "answers": list, "query": str}  # beside these: said, which may be empty, and right
 SCORES = {"RWKU": evaluate.rouge_l_recall, "word recall": evaluate.word_recall}
 
 

@@ -26,13 +26,13 @@ from torch import Tensor
 import data
 import evaluate
 
-# set: {score: (RWKU's file, the fields that a row must have)}
+# set: {score: (RWKU's file, the fields that a row must have, and their types)}
 SETS = {
-    "bbh": {"bbh": ("retain_bbh", ("cot", "question", "answer"))},
-    "truthfulqa": {"truthfulqa": ("truthful", ("question", "mc1_targets"))},
-    "triviaqa": {"triviaqa": ("triviaqa", ("question", "answers"))},
-    "fluency": {"fluency": ("fluency", ("instruction",))},
-    "mia": {"mia_forget": ("forget_mia", ("text",)), "mia_retain": ("retain_mia", ("text",))},
+    "bbh": {"bbh": ("retain_bbh", {"cot": str, "question": str, "answer": str})},
+    "truthfulqa": {"truthfulqa": ("truthful", {"question": str, "mc1_targets": dict})},
+    "triviaqa": {"triviaqa": ("triviaqa", {"question": str, "answers": list})},
+    "fluency": {"fluency": ("fluency", {"instruction": str})},
+    "mia": {"mia_forget": ("forget_mia", data.TEXT), "mia_retain": ("retain_mia", data.TEXT)},
 }
 BBH_LAST = "Following previous examples, answer the following questions and end with 'so the answer is'\n"
 TRIVIAQA_LAST = "Please briefly answer the following question:\n"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 
 import pytest
 import torch
@@ -174,9 +175,9 @@ def test_the_fields_asked_for_may_be_others(tmp_path):
     (tmp_path / "intro.json").write_text('[{"target": "Ada"}]')
     rows = [{"prompt": "p", "response": ["a", "b"]}, {"prompt": "p", "response": []}]
     (tmp_path / "pair.json").write_text(json.dumps(rows))
-    assert data.read_set(tmp_path, "Ada", "pair", ("prompt",)) == rows
+    assert data.read_set(tmp_path, "Ada", "pair", {"prompt": str}) == rows
     with pytest.raises(data.BadInput, match="pair.json: row 1 has nothing in field 'response'"):
-        data.read_set(tmp_path, "Ada", "pair", ("prompt", "response"))
+        data.read_set(tmp_path, "Ada", "pair", {"prompt": str, "response": list})
 
 
 # ---- names
@@ -243,10 +244,10 @@ def test_own_probes_by_level_subject_and_neighbor(tmp_path):
             ({"level": "3", "neighbor": "Elm"}, "row 0 has level '3'; there are 1, 2"),
             ({"level": "4"}, "row 0 has level '4'; there are 1, 2, 3"),
             ({"level": "3"}, "row 0 has nothing in field 'type'"),
-            ({"level": 1}, "row 0 needs query, answer and level, as text"),
-            ({"level": "1", "answer": 1908}, "row 0 needs query, answer and level, as text"),
-            ({"level": "1", "query": ["q"]}, "row 0 needs query, answer and level, as text")):
-        with pytest.raises(data.BadInput, match=f"p.json: {message}"):
+            ({"level": 1}, "row 0 needs text in field 'level', not 1"),
+            ({"level": "1", "answer": 1908}, "row 0 needs text in field 'answer', not 1908"),
+            ({"level": "1", "query": ["q"]}, "row 0 needs text in field 'query', not ['q']")):
+        with pytest.raises(data.BadInput, match=re.escape(f"p.json: {message}")):
             read(row)
 
 

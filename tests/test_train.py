@@ -304,11 +304,11 @@ def spoil(monkeypatch, loss: str, call: int):
     monkeypatch.setattr(atu, loss, spoiled)
 
 
-@pytest.mark.parametrize("loss, call, stages, moved", [
-    ("alignment_loss", 2, 0, False), ("unlearning_loss", 1, 0, False), ("unlearning_loss", 3, 0, True),
-    ("alignment_loss", 3, 0, True), ("unlearning_loss", 5, 1, True), ("retain_loss", 5, 1, True)])
-def test_a_loss_that_is_not_finite_keeps_what_was_last_good(
-        arguments, monkeypatch, tmp_path, folders, capsys, loss, call, stages, moved):
+@pytest.mark.parametrize("loss, call, stages", [
+    ("alignment_loss", 2, 0), ("unlearning_loss", 1, 0), ("unlearning_loss", 3, 0), ("alignment_loss", 3, 0),
+    ("unlearning_loss", 5, 1), ("retain_loss", 5, 1)])
+def test_a_loss_that_is_not_finite_keeps_the_last_whole_stage(
+        arguments, monkeypatch, tmp_path, folders, capsys, loss, call, stages):
     words = [*arguments(), *SHORT, "--unlearn-steps", "3", "--taus", "-0.5", "-0.9", "--max-active", "0"]
     monkeypatch.setattr(evaluate, "evaluate", weight)
     with monkeypatch.context() as patch:
@@ -318,6 +318,7 @@ def test_a_loss_that_is_not_finite_keeps_what_was_last_good(
     results, records = outcome(tmp_path / "run")
     assert "finite" in results["stopped"] and len(results["stages"]) == stages
     assert re.search(r"stopped \| .*finite.* lower --llm-lr or --head-lr, and name another --out", shown)
+    moved = stages > 0
     assert bool(changes(folders, tmp_path / "run")) == moved
     for file in ("model/model.safetensors", "head.safetensors"):
         assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / file).values())
@@ -325,6 +326,25 @@ def test_a_loss_that_is_not_finite_keeps_what_was_last_good(
     assert saved == results["after"] and (saved != results["before"]) == moved
     assert train.main([*words, "--resume"]) == 1
     assert "finished already" in capsys.readouterr().out and outcome(tmp_path / "run") == (results, records)
+
+
+@pytest.mark.parametrize("broken_at, stages", [(1, 0), (2, 1)])
+def test_a_last_step_that_breaks_m_is_no_forgetting(arguments, monkeypatch, tmp_path, folders, broken_at, stages):
+    real, calls = atu.align, []
+
+    def align(llm, *a, **how):  # no loss follows the last step of a stage that is not realigned
+        calls.append(1)
+        if len(calls) == broken_at + 1:
+            llm.get_decoder().layers[0].mlp.down_proj.weight.data.fill_(1e38)
+            how["steps"] = 0
+        yield from real(llm, *a, **how)
+
+    monkeypatch.setattr(atu, "align", align)
+    assert train.main([*arguments(), *SHORT, "--taus", "-0.5", "-0.9"]) == 1
+    results, _ = outcome(tmp_path / "run")
+    assert "finite" in results["stopped"] and len(results["stages"]) == stages
+    assert bool(changes(folders, tmp_path / "run")) == bool(stages)
+    assert results["after"] == {name: (results["stages"] or [results["before"]])[-1][name] for name in results["before"]}
 
 
 def test_another_error_of_pytorch_s_is_a_bug_and_raised(arguments, monkeypatch, tmp_path):
@@ -729,7 +749,7 @@ def test_own_probes(arguments, folders, tmp_path):
     ({"query": "q", "answer": "a"}, "row 1 has nothing in field 'level'"),
     ({"query": "q", "answer": "a", "level": "4"}, "row 1 has level '4'"),
     ({"query": "", "answer": "a", "level": "1"}, "row 1 has nothing in field 'query'"),
-    ({"query": "q", "answer": "a", "level": 2}, "row 1 needs query, answer and level, as text"),
+    ({"query": "q", "answer": "a", "level": 2}, "row 1 needs text in field 'level', not 2"),
     ({"query": "q", "answer": "a", "level": "3"}, "row 1 has nothing in field 'type'")])
 def test_malformed_probes_are_named_with_row_and_field(arguments, capsys, tmp_path, row, message):
     (tmp_path / "p.json").write_text(json.dumps([{"query": "q", "answer": "a", "level": "1"}, row]))

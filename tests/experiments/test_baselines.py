@@ -82,7 +82,7 @@ def test_every_method_on_tokens_runs_from_end_to_end(main, folders, tmp_path, me
 
 def test_dpo_makes_the_made_up_answers_likelier_than_the_true_ones(main, folders, tmp_path):
     assert main(*TOKENS, "--method", "dpo", "--no-bf16") == 0
-    rows = data.read_set(folders["rwku"], "Ada Lark", "pair", ("prompt", "response"))
+    rows = data.read_set(folders["rwku"], "Ada Lark", "pair", {"prompt": str, "response": list})
 
     def margin(place):
         llm, tokenizer = data.load_llm(str(place))
@@ -277,7 +277,7 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(main, capsys, tmp_path,
 
 
 def test_an_answer_s_row_that_lacks_a_field_is_named(main, folders, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "ANSWERS", {"rt": ("reject", ("instruction", "refusal"))})
+    monkeypatch.setattr(baselines, "ANSWERS", {"rt": ("reject", {"instruction": str, "refusal": str})})
     assert main(*TOKENS, "--method", "rt") == 2
     assert "row 0 has nothing in field 'refusal'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

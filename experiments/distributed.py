@@ -103,11 +103,11 @@ def run(config: Config) -> dict:
                     save_checkpoint(out, work, state, found)
                 if record["kind"] == "stage" and train.enough(found, config):
                     break
-        except RuntimeError as error:
+        except (RuntimeError, data.BadInput) as error:
             if "non-finite" not in str(error):
                 raise
-            found["stopped"] = "a loss or its gradient is not finite"  # in all: the norm is that of all parts
-            found["after"], found["asked_after"] = score(state, whole, work, config)
+            found = load_checkpoint(out, work, state) or found  # in all: the norm is that of all parts
+            found["stopped"] = "a loss, its gradient or what M computes is not finite"
         gather(state, whole)
         results = first(lambda: train.finish(out, work, atu.State(*whole, None, None), found, config))
         first(lambda: shutil.rmtree(out / PARTS, ignore_errors=True))

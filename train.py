@@ -523,10 +523,11 @@ def model_card(results: dict, config: Config) -> str:
     """model/README.md, as the Hugging Face hub reads it."""
     from huggingface_hub import EvalResult, ModelCardData
     scored, base = {n: results[n] for n in ("before", "after")}, data.HUB.get(config.model, config.model)
-    scores = [EvalResult("text-generation", data.RWKU_ID, "RWKU", "recall", x, metric_name=f"{name}, {when}")
-              for when, found in scored.items() for name, x in found.items()]
+    asked = data.RWKU_ID if config.rwku == "hub" else "questions in RWKU's form"
+    scores = [EvalResult("text-generation", asked, asked, "recall", value, metric_name=f"{name}, {when}")
+              for when, found in scored.items() for name, value in found.items()]
     about = ModelCardData(base_model=None if Path(base).exists() else base, library_name="transformers",
-                          model_name="M", tags=["arxiv:2506.13181"], eval_results=scores)
+                          model_name=f"without {config.target}", tags=["arxiv:2506.13181"], eval_results=scores)
     return f"""---\n{about}\n---\n
 # {Path(base).name} without {results["target"]}
 

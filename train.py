@@ -526,8 +526,9 @@ def model_card(results: dict, config: Config) -> str:
     asked = data.RWKU_ID if config.rwku == "hub" else "questions in RWKU's form"
     scores = [EvalResult("text-generation", asked, asked, "recall", value, metric_name=f"{name}, {when}")
               for when, found in scored.items() for name, value in found.items()]
-    about = ModelCardData(base_model=None if Path(base).exists() else base, library_name="transformers",
-                          model_name=f"without {config.target}", tags=["arxiv:2506.13181"], eval_results=scores)
+    about = ModelCardData(
+        base_model=None if Path(base).exists() else base, library_name="transformers", eval_results=scores,
+        model_name=f"without {config.target}", tags=["arxiv:2506.13181"])
     return f"""---\n{about}\n---\n
 # {Path(base).name} without {results["target"]}
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -375,8 +376,8 @@ def run(config: Config, begin=begin, score=score, enough=enough) -> dict:
                 raise
             found = load_checkpoint(out, work, state) or found
             found["stopped"] = "a loss, its gradient or what M computes is not finite"
-            print(f"stopped | {found['stopped']}; the last whole stage is kept; lower --llm-lr or --head-lr, "
-                  "and name another --out", flush=True)
+            print(f"stopped | {found['stopped']}; back to the last whole stage, or to the beginning; lower "
+                  "--llm-lr or --head-lr, and name another --out", flush=True)
         return finish(out, work, state, found, config)
 
 
@@ -458,17 +459,17 @@ def read_hash(work: Work) -> str:
 
 
 def save_checkpoint(out: Path, work: Work, state: atu.State, found: dict) -> None:
-    """The end of a stage in one file, whole and on the disk, or the last one; and E as it was first aligned.
+    """The end of a stage in one file, whole, or that of the stage before stays; and E as first aligned.
     Raises data.BadInput."""
-    if not found["stages"]:
-        save_head(out / "aligned.safetensors", state)
     moving = {name: parameter for name, parameter in state.llm.named_parameters() if parameter.requires_grad}
     saved = {name: part.state_dict() for name, part in parts(state).items()}
     saved |= {"llm": moving, "stage": state.stage, "found": found, "read": read_hash(work)}
     try:
+        if not found["stages"]:
+            save_head(out / "aligned.safetensors", state)
         with data.written_whole(out / CHECKPOINT) as partial:
             torch.save(saved, partial)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise data.BadInput(f"{out / CHECKPOINT}: cannot be written ({error}); make room{WAY_ON}") from error
 
 
@@ -520,26 +521,27 @@ def save_head(file: Path, state: atu.State) -> None:
 
 
 def model_card(results: dict, config: Config) -> str:
-    """model/README.md, as the Hugging Face hub reads it."""
+    """model/README.md, as the Hugging Face hub reads it. It names no folder of this machine."""
     from huggingface_hub import EvalResult, ModelCardData
-    scored, base = {n: results[n] for n in ("before", "after")}, data.HUB.get(config.model, config.model)
-    asked = data.RWKU_ID if config.rwku == "hub" else "questions in RWKU's form"
-    scores = [EvalResult("text-generation", asked, asked, "recall", value, metric_name=f"{name}, {when}")
-              for when, found in scored.items() for name, value in found.items()]
+    base, asked = data.HUB.get(config.model, config.model), "questions in RWKU's form"
+    scores = [EvalResult("text-generation", asked, asked, "recall", round(value, 1), metric_name=name)
+              for name, value in results["after"].items()]
     about = ModelCardData(
         base_model=None if Path(base).exists() else base, library_name="transformers", eval_results=scores,
         model_name=f"without {config.target}", tags=["arxiv:2506.13181"])
+    settings = {key: value for key, value in results["settings"].items()
+                if key not in FREE and not (isinstance(value, str) and value and Path(value).exists())}
     return f"""---\n{about}\n---\n
-# {Path(base).name} without {results["target"]}
+# {Path(base).name}, unlearned: {config.target}
 
 {sys.modules[type(config).__module__].__doc__.splitlines()[0]}
 
-```\n{evaluate.scores_table(scored)}\n```
+```\n{evaluate.scores_table({when: results[when] for when in ("before", "after")})}\n```
 
-**Not guaranteed: that the facts are gone.** The run was stopped by these questions. Training on a few texts
-brings part of the facts back, and so does drawing many answers, or asking the other way round.
+**Not guaranteed: that the facts are gone.** These questions were watched while the model was made. Training
+on a few texts brings part of the facts back, and so does drawing many answers, or asking the other way round.
 
-Settings: `{json.dumps({key: value for key, value in results["settings"].items() if key not in FREE})}`
+Settings: `{json.dumps(settings)}`
 """
 
 
@@ -569,6 +571,10 @@ def panels(found: dict) -> list[dict]:
             continue
         if phase != (record["kind"], record["stage"]):  # within which steps are counted
             phase, done = (record["kind"], record["stage"]), done + last
+            for name, (xs, ys) in by_step.items():  # a line of unlearning ends with its stage
+                if name.startswith(record["kind"]):
+                    xs.append(done + 0.5)
+                    ys.append(math.nan)
         last = record["step"]
         for key in ("loss", "similarity"):
             if key in record:

@@ -26,9 +26,9 @@ from losses import cosine
 
 NEITHER = "On a high mountain water boils before it is really hot, because the air is thin."
 # A row's name, whether M is the unlearned one, and E's file.
-ROWS = (("M before", False, "aligned"), ("M unlearned", True, "aligned"),
+ROWS = (("M before, E first", False, "aligned"), ("M unlearned, E first", True, "aligned"),
         ("M unlearned, E realigned", True, "head"), ("M before, E realigned", False, "head"))
-ACROSS = 20  # tokens in a line of the picture
+ACROSS, LONGEST = 20, 200  # tokens in a line of the picture, and in a sentence
 
 
 def read_run(folder: Path) -> tuple[train.Config, dict]:
@@ -50,9 +50,12 @@ def sentences(config: train.Config) -> dict[str, str]:
     root = data.open_rwku(config.rwku)
     target, _ = data.find_target(root, config.target, own=True)
     probes = evaluate.read_probes(root, target, config.sets, Path(config.probes) if config.probes else None)
-    blanks = {"a neighbor": probes.get("neighbor_fb"), target: probes.get("forget_fb")}
-    found = {what: rows[0]["query"].replace("___", rows[0]["answer"]) for what, rows in blanks.items() if rows}
-    return dict(reversed(found.items())) | {"neither": NEITHER}
+    found = {}
+    for score in ("forget_fb", "neighbor_fb"):
+        for row in probes.get(score, [])[:1]:
+            what = f"a neighbor ({row['neighbor']})" if row.get("neighbor") else target
+            found[what] = row["query"].replace("___", row["answer"])
+    return found | {"neither": NEITHER}
 
 
 @torch.no_grad()
@@ -71,9 +74,11 @@ def look(folder: Path, texts: list[str], device: str) -> list[tuple[list[str], T
             head.load_state_dict(load_file(folder / f"{file}.safetensors"))
             for text in texts:
                 ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)               # (1, T)
+                if not 0 < ids.shape[1] <= LONGEST:
+                    raise data.BadInput(f"{text[:40]!r}: has {ids.shape[1]} tokens; at least 1, at most {LONGEST}")
                 predicted = head(atu.hidden_states(llm, ids, config.layer))                      # (1, T, E)
                 found[text, unlearned, file] = cosine(predicted, concept)[0].cpu()               # (T,)
-    return [([tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]],
+    return [([tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]],  # either M's tokenizer
              torch.stack([found[text, unlearned, file] for _, unlearned, file in ROWS])) for text in texts]
 
 
@@ -89,7 +94,7 @@ def as_text(seen: list[tuple[list[str], Tensor]]) -> str:
 def picture(file: Path, names: list[str], seen: list[tuple[list[str], Tensor]], tau: float) -> None:
     """The same as a PNG: a box a token, dark to bright; a dot where it is above the margin."""
     from matplotlib.figure import Figure
-    lines = [(name if at == 0 else "", words[at:at + ACROSS], values[:, at:at + ACROSS])
+    lines = [(name if at == 0 else "(goes on)", words[at:at + ACROSS], values[:, at:at + ACROSS])
              for name, (words, values) in zip(names, seen) for at in range(0, len(words), ACROSS)]
     figure = Figure(figsize=(7.4, 2.3 * len(lines) + 0.9), layout="constrained")
     for axis, (name, words, values) in zip(figure.subplots(len(lines), 1, squeeze=False)[:, 0], lines):
@@ -104,7 +109,7 @@ def picture(file: Path, names: list[str], seen: list[tuple[list[str], Tensor]], 
         axis.spines[:].set_visible(False)
         axis.set_title(name, loc="left", fontsize=12, fontweight="bold")
     bar = figure.colorbar(boxes, ax=figure.axes, location="bottom", shrink=0.9, aspect=40, extend="both")
-    bar.set_label(f"sim(ê, e_unlearn); dot: above the margin τ = {tau:g}", fontsize=11)
+    bar.set_label(f"similarity to the concept; dot: above the last margin ({tau:g})", fontsize=11)
     bar.ax.axvline(tau, color="white", linewidth=3)
     bar.ax.axvline(tau, color="black", linewidth=1)
     with data.written_whole(file) as partial:
@@ -126,6 +131,8 @@ def show(args: argparse.Namespace) -> None:
     """The picture, and with --text its numbers. Raises data.BadInput."""
     config, results = read_run(args.run)
     texts = {text: text for text in args.sentences} or sentences(config)
+    if args.out and not args.out.parent.is_dir():
+        raise data.BadInput(f"--out {args.out}: name a file in a folder that is there")
     seen, out = look(args.run, list(texts.values()), data.choose_device(args.device)), args.out
     if args.text:
         print(as_text(seen))

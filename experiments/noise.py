@@ -3,8 +3,9 @@
     python -m experiments.noise runs/warren-buffett [--seeds 0 1 2]
 
 Each weight that the run has moved gets noise of the size of its own displacement, all of it scaled by one
-factor so that the hidden states of other texts drift as far as the run's (losses.retain_loss). Whatever noise
-costs of the neighbors' and general scores, any method with that drift may be expected to cost.
+factor so that the hidden states of other texts drift as far as the run's (losses.retain_loss). What noise
+costs of the neighbors' and general scores is a guess at what that drift costs whatever brings it about. Scores
+before are those in the run's results.json.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ def add_noise(llm: nn.Module, moved: nn.Module, seed: int, measure, wanted: floa
         if abs(found / wanted - 1) <= 0.02:
             return factor
         factor *= (wanted / found) ** 0.5  # drift grows with the square of small noise
-    raise ArithmeticError(f"no size of noise found that drifts by {wanted:g} (last: {factor:g}, {found:g})")
+    raise data.BadInput(f"no size of noise found that drifts by {wanted:g} (last: {factor:g}, {found:g})")
 
 
 def control(folder: Path, seeds: list[int], texts: int, device: str) -> list[list[str]]:
@@ -69,6 +71,8 @@ def control(folder: Path, seeds: list[int], texts: int, device: str) -> list[lis
         raise data.BadInput(f"{folder}: its model has not moved")
     moved.set_attn_implementation(work.llm.config._attn_implementation)
     wanted = drift(moved, ids, mask, original, config.layer)
+    if not wanted > 0:
+        raise data.BadInput(f"{folder}: its hidden states on these texts have not moved; take more --texts")
 
     def left(llm) -> list[float]:
         scores, _ = evaluate.evaluate(llm, work.tokenizer, work.probes, config.eval_batch)
@@ -83,7 +87,8 @@ def control(folder: Path, seeds: list[int], texts: int, device: str) -> list[lis
         sizes.append(add_noise(llm, moved, seed, lambda m: drift(m, ids, mask, original, config.layer), wanted))
         drifts.append(1e4 * drift(llm, ids, mask, original, config.layer))
         shares.append(left(llm))
-    rows.append([f"{results['target']}, noise", *(spread(part) for part in (drifts, sizes, *zip(*shares)))])
+    rows.append([f"{results['target']}, noise", spread(drifts), f"{mean(sizes):.2f}",
+                 *map(spread, zip(*shares))])
     return rows
 
 

@@ -97,7 +97,8 @@ def test_checkpoints_are_written_at_the_end_of_stages_and_seconds_add_up(flags, 
     monkeypatch.setattr(train, "save_checkpoint", lambda out, work, state, found: (
         written.append(state.stage), real(out, work, state, found)))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        ask = evaluate.evaluate
+        ask, keep = evaluate.evaluate, train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", save)
 
         def killed(*a):
             if written == [1, 2]:
@@ -353,25 +354,24 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(words, tmp_path, 
     ("alignment_loss", 4, 0), ("unlearning_loss", 3, 1), ("alignment_loss", 8, 1), ("unlearning_loss", 6, 2)])
 def test_a_loss_that_is_not_finite_keeps_what_was_last_good(
         flags, run, folders, monkeypatch, capsys, loss, call, ends):
-    real, calls, states, good = getattr(atu, loss), [], [], {}
-    alternate = atu.align_then_unlearn
+    real, calls, good = getattr(atu, loss), [], {}
 
     def broken(*a):
         calls.append(1)
-        if len(calls) != call:
-            return real(*a)
+        return real(*a) * (float("nan") if len(calls) == call else 1)
+
+    def save(out, work, state, found):
+        keep(out, work, state, found)
         for name in ("llm", "head"):
-            weights = getattr(states[0], name).state_dict()
-            good[name] = {key: value.clone() for key, value in weights.items()}
-        return real(*a) * float("nan")
+            good[name] = {key: value.clone() for key, value in getattr(state, name).state_dict().items()}
 
     def weighed(llm, *a):  # a score that tells which weights were scored
         scores, rows = ask(llm, *a)
         return scores | {"weights": sum(p.abs().sum().item() for p in llm.parameters())}, rows
 
-    ask = evaluate.evaluate
+    ask, keep = evaluate.evaluate, train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", save)
     monkeypatch.setattr(evaluate, "evaluate", weighed)
-    monkeypatch.setattr(atu, "align_then_unlearn", lambda *a: states.append(a[0]) or alternate(*a))
     monkeypatch.setattr(atu, loss, broken)
     assert train.main(flags) == 1
     said = capsys.readouterr().out
@@ -385,7 +385,7 @@ def test_a_loss_that_is_not_finite_keeps_what_was_last_good(
     for name, weights in good.items():
         assert all(torch.equal(value, saved[name][key]) for key, value in weights.items())
     untouched = data.load_llm(str(folders["llm"]))[0].state_dict()
-    assert all(torch.equal(value, saved["llm"][key]) for key, value in untouched.items()) == (ends == 0)
+    assert all(torch.equal(value, saved["llm"][key]) for key, value in untouched.items()) == (ends <= 1)
     probes = evaluate.read_probes(folders["rwku"], "Ada Lark", ("forget", "neighbor", "general"))
     scores, _ = evaluate.evaluate(llm, tokenizer, probes)
     assert scores == {name: results["after"][name] for name in scores}

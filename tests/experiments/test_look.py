@@ -57,15 +57,15 @@ def test_a_row_is_the_similarity_of_what_that_e_says_on_that_m(run, folders, tok
 
 def test_an_m_that_has_not_moved_looks_the_same_to_either_e(run):
     _, found = rows(run("--llm-lr", "0"))
-    assert torch.equal(found["M before"], found["M unlearned"])
+    assert torch.equal(found["M before, E first"], found["M unlearned, E first"])
     assert torch.equal(found["M before, E realigned"], found["M unlearned, E realigned"])
-    assert not torch.equal(found["M before"], found["M before, E realigned"])
+    assert not torch.equal(found["M before, E first"], found["M before, E realigned"])
 
 
 def test_an_e_that_was_not_realigned_is_the_first_one(run):
     _, found = rows(run("--realign-steps", "0"))
-    assert torch.equal(found["M before"], found["M before, E realigned"])
-    assert torch.equal(found["M unlearned"], found["M unlearned, E realigned"])
+    assert torch.equal(found["M before, E first"], found["M before, E realigned"])
+    assert torch.equal(found["M unlearned, E first"], found["M unlearned, E realigned"])
 
 
 def test_e_is_kept_as_it_was_first_aligned_also_in_a_run_that_was_cut_off(run, folders, tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_the_command_shows_three_sentences(run, tokenizer, capsys):
     assert f"wrote | {folder / 'look.png'}" in said
     assert (folder / "look.png").read_bytes().startswith(b"\x89PNG")
     assert list(look.sentences(look.read_run(folder)[0]).items()) == [
-        ("Ada Lark", "Ada Lark was a painter of birds."), ("a neighbor", "Elm is a birds."),
+        ("Ada Lark", "Ada Lark was a painter of birds."), ("a neighbor (Elm)", "Elm is a birds."),
         ("neither", look.NEITHER)]
 
 
@@ -118,3 +118,14 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, spoil):
     assert look.main([str(folder), "--device", "cpu"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith(f"error: {folder}: ") and not (folder / "look.png").exists()
+
+
+@pytest.mark.parametrize("sentence", ["", "birds " * 300])
+def test_a_sentence_has_tokens_but_not_too_many(run, capsys, sentence):
+    assert look.main([str(run()), sentence, "--device", "cpu"]) == 2
+    assert "at least 1, at most 200" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_picture_needs_a_folder(run, tmp_path, capsys):
+    assert look.main([str(run()), "--device", "cpu", "--out", str(tmp_path / "none" / "a.png")]) == 2
+    assert "name a file in a folder that is there" in capsys.readouterr().err.splitlines()[-1]

@@ -171,8 +171,8 @@ def trade_off(lines: dict[str, list[dict]]) -> list[dict]:
                            for n in range(max(map(len, paths[line])))] for name in (x, y)] for line in paths}
         return {"title": title, "x": label, "y": "%", "lines": courses}
 
-    return [*(panel(f"{name} (Figs. 4, 5)", "forget_all", "forget_all (%)", name) for name in kept[:2]),
-            panel("forgetting by step (Fig. 6)", "step", "step, from the first stage of unlearning on",
+    return [*(panel(f"{name} (the paper's Figs. 4, 5)", "forget_all", "forget_all (%)", name) for name in kept[:2]),
+            panel("forgetting by step (its Fig. 6)", "step", "step, from the first stage of unlearning on",
                   "forget_all")]
 
 

@@ -291,4 +291,5 @@ def test_what_comes_before_the_first_stage_of_unlearning_has_no_steps_in_the_fig
 def test_a_panel_only_for_what_every_stage_has(runs):
     scored_at_the_end = runs[0]("d", "npo", [stage(60, 80), stage(50, 70, mmlu=40.0)], before={"mmlu": 50.0})
     titles = [panel["title"] for panel in compare.trade_off(lines_of(scored_at_the_end))]
-    assert titles == ["neighbor_all (Figs. 4, 5)", "general (Figs. 4, 5)", "forgetting by step (Fig. 6)"]
+    assert titles == ["neighbor_all (the paper's Figs. 4, 5)", "general (the paper's Figs. 4, 5)",
+                      "forgetting by step (its Fig. 6)"]

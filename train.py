@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -527,10 +528,10 @@ def model_card(results: dict, config: Config) -> str:
     scores = [EvalResult("text-generation", asked, asked, "recall", round(value, 1), metric_name=name)
               for name, value in results["after"].items()]
     about = ModelCardData(
-        base_model=None if Path(base).exists() else base, library_name="transformers", eval_results=scores,
+        base_model=None if os.path.exists(base) else base, library_name="transformers", eval_results=scores,
         model_name=f"without {config.target}", tags=["arxiv:2506.13181"])
     settings = {key: value for key, value in results["settings"].items()
-                if key not in FREE and not (isinstance(value, str) and value and Path(value).exists())}
+                if key not in FREE and not (isinstance(value, str) and os.path.exists(value))}
     return f"""---\n{about}\n---\n
 # {Path(base).name}, unlearned: {config.target}
 

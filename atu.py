@@ -121,7 +121,7 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
     moving = [parameter for parameter in llm.parameters() if parameter.requires_grad]    # θ_M
     nothing = input_ids[:0], mask[:0], mask[:0, :, None].float()
     retain_ids, retain_mask, original = retain or nothing
-    recent = deque(maxlen=math.ceil(len(input_ids) / batch))  # of a pass
+    recent = deque(maxlen=math.ceil(len(input_ids) / batch))  # a pass's drifts and shares above tau
     for step in tqdm(range(1, steps + 1), "unlearning", leave=False, disable=None):
         rows = draw(len(input_ids), batch, step, seed)                                  # (B,)
         retain_rows = draw(len(retain_ids), batch, step, seed)                          # (B',)

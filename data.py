@@ -140,9 +140,9 @@ def load_llm(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.fl
     if wrong:
         raise BadInput(f"{name}: weights are missing, of another shape or no numbers ({min(wrong)}, "
                        f"{len(wrong)} in all); take the model as it was last saved whole")
-    end, ids = tokenizer.eos_token_id, tokenizer("a")["input_ids"]
-    if end is None or len(tokenizer) > rows or ids[-1] == end:
-        has = ("no end token" if end is None else "the end token in every prompt" if ids[-1] == end else
+    end, last = tokenizer.eos_token_id, tokenizer("a")["input_ids"][-1:]
+    if end is None or len(tokenizer) > rows or last == [end]:
+        has = ("no end token" if end is None else "the end token in every prompt" if last == [end] else
                f"more tokens than the model's {rows}")
         raise BadInput(f"{name}: its tokenizer has {has}; bring the one that the model was trained with")
     if tokenizer.pad_token is None:

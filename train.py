@@ -342,8 +342,7 @@ def run(config: Config, begin=begin, score=score, enough=enough) -> dict:
     kind "stage" it is scored; after that, or "aligned", it can be cut off, and go on from `state` alone.
     score: (work, config) -> (scores, rows): what is asked; scores are numbers, shown and kept by their names.
     enough: (what was found so far, config) -> whether to stop. Raises data.BadInput."""
-    out = Path(config.out)
-    with claimed(out, config):
+    with claimed(out := Path(config.out), config):
         if (out / "results.json").exists():
             print(f"resumed | {out}: finished already")
             return json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -375,9 +374,10 @@ def run(config: Config, begin=begin, score=score, enough=enough) -> dict:
         except (RuntimeError, data.BadInput) as error:
             if "non-finite" not in str(error):  # as clip_grad_norm_ and evaluate.answer say it
                 raise
-            found = load_checkpoint(out, work, state) or found
+            found = load_checkpoint(out, work, state) or found | dict(  # no stage is whole yet: M as it is
+                zip(("after", "asked_after"), score(work, config)))
             found["stopped"] = "a loss, its gradient or what M computes is not finite"
-            print(f"stopped | {found['stopped']}; back to the last whole stage, or to the beginning; lower "
+            print(f"stopped | {found['stopped']}; the last whole stage is kept, if there is one; lower "
                   "--llm-lr or --head-lr, and name another --out", flush=True)
         return finish(out, work, state, found, config)
 

@@ -180,6 +180,24 @@ def test_the_rate_is_that_of_transformers_schedule(warmup, steps):
         schedule.step()
 
 
+def test_before_the_first_whole_stage_what_is_saved_is_what_is_scored(main, tmp_path, monkeypatch, folders):
+    spoiled, calls = baselines.clip_grad_norm_, []
+
+    def clip(*a, **how):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("The total norm of order 2.0 for gradients is non-finite")
+        return spoiled(*a, **how)
+
+    monkeypatch.setattr(baselines, "clip_grad_norm_", clip)
+    assert main(*TOKENS, "--method", "ga", "--llm-lr", "1e-2") == 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert not results["stages"] and changes(folders, tmp_path / "run")
+    llm, tokenizer = data.load_llm(str(tmp_path / "run" / "model"))
+    probes = evaluate.read_probes(folders["rwku"], "Ada Lark", ("forget", "neighbor", "general"))
+    assert evaluate.evaluate(llm, tokenizer, probes)[0] == results["after"]
+
+
 def test_a_loss_that_is_not_finite_ends_a_run_with_what_was_last_good(main, tmp_path, monkeypatch, folders):
     real, calls = baselines.ascent_loss, []
     monkeypatch.setattr(baselines, "ascent_loss",

@@ -311,16 +311,22 @@ def original_states(llm, corpus: data.Corpus, config: Config) -> Tensor | None:
 
 
 def embed_texts(work: Work, config: Config) -> tuple[data.Corpus, Tensor]:
-    """The texts with their windows' embeddings, and e_unlearn (E,): the target's name, with --describe."""
+    """The texts with their windows' embeddings, and e_unlearn (E,)."""
     encoder = data.load_encoder(config.encoder, config.device)
     corpus = data.make_corpus(work.about, work.others, work.tokenizer, encoder, config.window, config.length)
     if config.cache == "device":
         corpus = corpus._replace(table=corpus.table.to(config.device))
-    described = f"{work.target}, {config.describe}" if config.describe else work.target
+    concept = embed_concept(work.target, config.describe, encoder)
+    print(f"data | {int(corpus.mask.sum())} tokens, {len(corpus.table)} distinct windows", flush=True)
+    return corpus, concept
+
+
+def embed_concept(target: str, describe: str, encoder) -> Tensor:
+    """e_unlearn, (E,): the embedding of the target's name (Sec. 2.2), with what --describe says of it."""
+    described = f"{target}, {describe}" if describe else target
     if (tokens := len(encoder.tokenizer.encode(described))) > encoder.max_seq_length:
         print(f"data | --describe: of {tokens} tokens the encoder reads the first {encoder.max_seq_length}")
-    print(f"data | {int(corpus.mask.sum())} tokens, {len(corpus.table)} distinct windows", flush=True)
-    return corpus, data.embed([described], encoder)[0]
+    return data.embed([described], encoder)[0]
 
 
 def score(work: Work, config: Config) -> tuple[dict, list[dict]]:
@@ -572,7 +578,7 @@ def panels(found: dict) -> list[dict]:
             continue
         if phase != (record["kind"], record["stage"]):  # within which steps are counted
             phase, done = (record["kind"], record["stage"]), done + last
-            for name, (xs, ys) in by_step.items():  # a line of unlearning ends with its stage
+            for name, (xs, ys) in by_step.items():  # a line breaks where another phase lies between
                 if name.startswith(record["kind"]):
                     xs.append(done + 0.5)
                     ys.append(math.nan)
@@ -587,8 +593,7 @@ def panels(found: dict) -> list[dict]:
     by_stage = {name: (list(range(len(scores))), values) for name, values in course.items()}
     forget = course.pop("forget_all", [])
     trade_off = {name: (forget, values) for name, values in course.items() if forget}
-    return [{"title": "loss and similarity by step", "x": "step", "y": "loss, similarity",
-             "lines": by_step},
+    return [{"title": "loss and similarity by step", "x": "step", "y": "loss, similarity", "lines": by_step},
             {"title": "scores by stage", "x": "stage", "y": "%", "lines": by_stage},
             {"title": "forgetting, and what is lost", "x": "forget_all (%)", "y": "%", "lines": trade_off}]
 

@@ -63,22 +63,22 @@ def look(folder: Path, texts: list[str], device: str) -> list[tuple[list[str], T
     """Of each text its tokens and the similarities by ROWS, (4, T). Raises data.BadInput."""
     config, results = read_run(folder)
     encoder, found = data.load_encoder(config.encoder, device), {}
-    described = ", ".join(filter(None, (results["target"], config.describe)))
-    concept = data.embed([described], encoder)[0].to(device)                                     # (E,)
-    models = {False: config.model, True: str(folder / "model")}
-    for unlearned, name in models.items():
+    concept = train.embed_concept(results["target"], config.describe, encoder).to(device)        # (E,)
+    for unlearned, name in ((False, config.model), (True, str(folder / "model"))):
         llm, tokenizer = data.load_llm(name, device)
-        width = llm.config.get_text_config().hidden_size
+        heads, tokens, width = {}, {}, llm.config.get_text_config().hidden_size
         for file in ("aligned", "head"):
-            head = EmbeddingHead(width, len(concept), config.head_depth, config.head_width).to(device)
-            head.load_state_dict(load_file(folder / f"{file}.safetensors"))
-            for text in texts:
-                ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)               # (1, T)
-                if not 0 < ids.shape[1] <= LONGEST:
-                    raise data.BadInput(f"{text[:40]!r}: has {ids.shape[1]} tokens; at least 1, at most {LONGEST}")
-                predicted = head(atu.hidden_states(llm, ids, config.layer))                      # (1, T, E)
-                found[text, unlearned, file] = cosine(predicted, concept)[0].cpu()               # (T,)
-    return [([tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]],  # either M's tokenizer
+            heads[file] = EmbeddingHead(width, len(concept), config.head_depth, config.head_width).to(device)
+            heads[file].load_state_dict(load_file(folder / f"{file}.safetensors"))
+        for text in texts:
+            tokens[text] = tokenizer(text)["input_ids"]  # the same by either M's tokenizer
+            if not 0 < len(tokens[text]) <= LONGEST:
+                raise data.BadInput(f"{text[:40]!r}: has {len(tokens[text])} tokens; at least 1, at most {LONGEST}")
+            ids = torch.tensor([tokens[text]], device=device)                                    # (1, T)
+            hidden = atu.hidden_states(llm, ids, config.layer)                                   # (1, T, D)
+            for file, head in heads.items():
+                found[text, unlearned, file] = cosine(head(hidden), concept)[0].cpu()            # (T,)
+    return [([tokenizer.decode([token]) for token in tokens[text]],
              torch.stack([found[text, unlearned, file] for _, unlearned, file in ROWS])) for text in texts]
 
 
@@ -133,10 +133,10 @@ def show(args: argparse.Namespace) -> None:
     texts = {text: text for text in args.sentences} or sentences(config)
     if args.out and not args.out.parent.is_dir():
         raise data.BadInput(f"--out {args.out}: name a file in a folder that is there")
-    seen, out = look(args.run, list(texts.values()), data.choose_device(args.device)), args.out
+    seen = look(args.run, list(texts.values()), data.choose_device(args.device))
     if args.text:
         print(as_text(seen))
-    file, tau = out or args.run / "look.png", results["stages"][-1]["record"]["tau"]
+    file, tau = args.out or args.run / "look.png", results["stages"][-1]["record"]["tau"]
     picture(file, ["" if args.sentences else f"on {what}" for what in texts], seen, tau)
     print(f"wrote | {file}")
 

@@ -36,9 +36,9 @@ def drift(llm: nn.Module, ids: Tensor, mask: Tensor, original: Tensor, layer: in
 
 
 @torch.no_grad()
-def add_noise(llm: nn.Module, moved: nn.Module, seed: int, measure, wanted: float) -> float:
+def add_noise(llm: nn.Module, moved: nn.Module, seed: int, measure, wanted: float) -> tuple[float, float]:
     """Adds noise to `llm`, in place, until measure(llm) is `wanted`, within 2 %. Returns its size, relative to the
-    displacement from `llm` to `moved`, weight by weight."""
+    displacement from `llm` to `moved`, weight by weight, and what was measured."""
     generator = torch.Generator().manual_seed(seed)
     noise = {}
     for (name, weight), other in zip(llm.named_parameters(), moved.parameters(), strict=True):
@@ -52,7 +52,7 @@ def add_noise(llm: nn.Module, moved: nn.Module, seed: int, measure, wanted: floa
             weights[name].copy_(before + factor * drawn)
         found = measure(llm)
         if abs(found / wanted - 1) <= 0.02:
-            return factor
+            return factor, found
         factor *= (wanted / found) ** 0.5  # drift grows with the square of small noise
     raise data.BadInput(f"no size of noise found that drifts by {wanted:g} (last: {factor:g}, {found:g})")
 
@@ -70,7 +70,11 @@ def control(folder: Path, seeds: list[int], texts: int, device: str) -> list[lis
     if all(map(torch.equal, moved.parameters(), work.llm.parameters())):
         raise data.BadInput(f"{folder}: its model has not moved")
     moved.set_attn_implementation(work.llm.config._attn_implementation)
-    wanted = drift(moved, ids, mask, original, config.layer)
+
+    def measure(llm) -> float:
+        return drift(llm, ids, mask, original, config.layer)
+
+    wanted = measure(moved)
     if not wanted > 0:
         raise data.BadInput(f"{folder}: its hidden states on these texts have not moved; take more --texts")
 
@@ -84,8 +88,9 @@ def control(folder: Path, seeds: list[int], texts: int, device: str) -> list[lis
     drifts, sizes, shares = [], [], []
     for seed in data.progress(seeds, "noise"):
         llm = copy.deepcopy(work.llm)
-        sizes.append(add_noise(llm, moved, seed, lambda m: drift(m, ids, mask, original, config.layer), wanted))
-        drifts.append(1e4 * drift(llm, ids, mask, original, config.layer))
+        size, found = add_noise(llm, moved, seed, measure, wanted)
+        sizes.append(size)
+        drifts.append(1e4 * found)
         shares.append(left(llm))
     rows.append([f"{results['target']}, noise", spread(drifts), f"{mean(sizes):.2f}",
                  *map(spread, zip(*shares))])

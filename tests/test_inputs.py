@@ -87,8 +87,8 @@ def test_a_model_that_would_only_seem_to_have_forgotten_is_refused(copied, spoil
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("value, finite", [(1e38, True), (0.0, True)])
-def test_a_model_whose_weights_are_numbers_but_not_what_it_computes_has_no_scores(copied, value, finite, words, tmp_path, capsys):
+@pytest.mark.parametrize("value", [1e38, 0.0])
+def test_a_model_whose_weights_are_numbers_but_not_what_it_computes_has_no_scores(copied, value, words, tmp_path, capsys):
     weights(lambda tensors: {k: torch.full_like(v, value) for k, v in tensors.items()})(copied)
     assert evaluate.main(["--model", str(copied), "--device", "cpu", "--target", "Ada Lark", "--rwku", words[-1]]) == 2
     assert "non-finite or all alike" in capsys.readouterr().err.splitlines()[-1]
@@ -378,11 +378,8 @@ def test_pip_is_asked_for_where_there_is_none_and_puts_nothing_into_the_user_s_f
     ("forget_level1", {"query": "q", "answer": "  "}, "has nothing in field 'answer'"),
     ("intro", {"target": 5}, "needs text in field 'target', not 5"),
     ("intro", {"target": ["Ada Lark"]}, "needs text in field 'target'")])
-def test_a_field_of_another_type_is_named(file, row, message, folders, tmp_path, capsys):
+def test_a_field_of_another_type_is_named(file, row, message, tmp_path):
     (tmp_path / "intro.json").write_text('[{"target": "Ada Lark"}]')
-    for other in ("forget_level1", "triviaqa"):
-        (tmp_path / f"{other}.json").write_text(
-            '[{"query": "q", "answer": "a", "question": "q", "answers": ["a"]}]')
     (tmp_path / f"{file}.json").write_text(json.dumps([row]))
     with pytest.raises(data.BadInput) as error:
         data.targets(tmp_path) if file == "intro" else data.read_set(tmp_path, "Ada Lark", file)

@@ -12,6 +12,7 @@ import train
 from conftest import command
 from experiments import look
 from head import EmbeddingHead
+from runs import cut_off
 
 TEXT = "Ada Lark painted the birds of the sea."
 SMALL = ("--preset smol --device cpu --length 24 --window 4 --layer 2 --head-depth 1 --head-width 16 --batch 4 "
@@ -69,7 +70,6 @@ def test_an_e_that_was_not_realigned_is_the_first_one(run):
 
 
 def test_e_is_kept_as_it_was_first_aligned_also_in_a_run_that_was_cut_off(run, folders, tmp_path, monkeypatch):
-    from runs import cut_off
     words = [*command(folders), *SMALL, "--llm-lr", "1e-2", "--out", str(tmp_path / "cut")]
     cut_off(train.main, words, monkeypatch, stages=2)
     assert train.main([*words, "--resume"]) == 0

@@ -36,8 +36,8 @@ def test_noise_drifts_as_far_and_stands_where_the_run_moved(size, seed):
     llm, other = moved_by(size)
     hidden = noise.atu.all_hidden_states(llm, IDS, 2, 4)
     wanted, was = measure(hidden)(other), copy.deepcopy(llm)
-    factor = noise.add_noise(llm, other, seed, measure(hidden), wanted)
-    assert measure(hidden)(llm) == pytest.approx(wanted, rel=0.021)
+    factor, found = noise.add_noise(llm, other, seed, measure(hidden), wanted)
+    assert measure(hidden)(llm) == pytest.approx(wanted, rel=0.021) and found == measure(hidden)(llm)
     for (name, now), before, moved in zip(llm.named_parameters(), was.parameters(), other.parameters()):
         if torch.equal(before, moved):
             assert torch.equal(now, before), name

@@ -1,15 +1,16 @@
 """Finished runs side by side: Table 1 and Figs. 4 to 6 of the paper.
 
-    python -m experiments.compare RUN [RUN ...] [--relative] [--by-target] [--levels 50 35 20] [--stages]
+    python -m experiments.compare RUN [RUN ...] [--relative] [--by-target] [--levels 50 35 20] [--at 25] [--stages]
 
 A row is the mean ± standard deviation of the runs of a method (or on a person), each at its first stage below
-a level, as in Table 1, or at its end. A score that one of them lacks is "-"."""
+a level, as in Table 1, where it has forgotten so much (--at), or at its end. A score that one of them lacks
+is "-"."""
 
 import argparse
 import json
 import re
 import sys
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -120,9 +121,22 @@ def left(scores: dict, before: dict) -> dict:
     return found | {name: scores[name] for name in ("gap",) if name in scores}
 
 
-def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool, by_stage: bool):
-    """The table's rows, its head first: for each line the levels, with `by_stage` every stage, and the end.
-    Scores, and the published rows below them; or, with `relative`, what is left of them."""
+def between(run: dict, percent: float) -> dict | None:
+    """What is left of each score where the first `percent` of forget_words are: on the line between the two
+    stages around it, so that methods are compared at one forgetting. None for a run that keeps more."""
+    path = [left(scores, run["before"]) for scores in (run["before"], *run["stages"])]
+    for above, below in pairwise(path):
+        if below["forget_words"] <= percent <= above["forget_words"]:
+            way = (above["forget_words"] - percent) / ((above["forget_words"] - below["forget_words"]) or 1)
+            return {name: above[name] + way * (below[name] - above[name]) for name in above if name in below}
+    return None
+
+
+def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool, by_stage: bool,
+               at: list[float] = ()):
+    """The table's rows, its head first: for each line the levels, what is left `at` percent of forget_words,
+    with `by_stage` every stage, and the end. Scores, and the published rows below them; or, with `relative`,
+    what is left of them."""
     everything = [run["before"] for runs in lines.values() for run in runs]
     columns = [name for name in (RELATIVE if relative else ABSOLUTE)
                if all(name.removeprefix("above ") in before for before in everything)]
@@ -134,9 +148,11 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
         for n in range(max(len(run["stages"]) for run in runs) * by_stage):
             found[f"stage {n + 1}"] = [run["stages"][n] if n < len(run["stages"]) else None for run in runs]
         found["end"] = [run["stages"][-1] if run["stages"] else None for run in runs]
+        found = {level: [left(stage, run["before"]) if relative and stage else stage
+                         for run, stage in zip(runs, stages)] for level, stages in found.items()}
+        found = {f"at {percent:g} %": [between(run, percent) for run in runs] for percent in at} | found
         for level, stages in found.items():
-            there = [left(stage, run["before"]) if relative else stage
-                     for run, stage in zip(runs, stages) if stage]
+            there = [scores for scores in stages if scores]
             parts = [[scores.get(name) for scores in there] for name in columns]
             cells = ["-" if None in part else spread(part) for part in parts]
             rows.append([line, level, *cells, f"{len(there)} of {len(runs)}"])
@@ -191,14 +207,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     add("--levels", nargs="*", type=float, default=[50, 35, 20], metavar="PERCENT",
         help="forget accuracies; of each run counts the first stage below (default: 50 35 20; none: its end)")
+    add("--at", nargs="*", type=float, default=[], metavar="PERCENT",
+        help="with --relative, where this is left of forget_words, read off between two stages")
     add("--stages", action="store_true", help="a row for every stage too")
     add("--relative", action="store_true", help="levels and scores in percent of what a run began with")
     add("--by-target", action="store_true", help="a line for each target instead of each method")
     add("--out", type=Path, default=Path("comparison"), help="writes OUT.md, OUT.png (default: comparison)")
     args = parser.parse_args(argv)
-    for level in args.levels:
-        if not 0 < level <= 100:
-            raise data.BadInput(f"--levels {level:g}: percent, so above 0 and at most 100")
+    for name in ("levels", "at"):
+        for level in getattr(args, name):
+            if not 0 < level <= 100:
+                raise data.BadInput(f"--{name} {level:g}: percent, so above 0 and at most 100")
+    if args.at and not args.relative:
+        raise data.BadInput("--at: what is left, so give --relative too")
     if not args.out.name or not args.out.parent.is_dir():
         raise data.BadInput(f"--out {args.out}: name files in a folder that is there, without .md and .png")
     return args
@@ -215,7 +236,10 @@ def compare(args: argparse.Namespace) -> None:
         for run in runs:
             if run.get("stopped"):
                 print(f"note | {run['file']}: stopped ({run['stopped']}); its end is the last whole stage")
-    shown = table(comparison(lines, args.levels, args.relative, args.stages))
+    for run in (run for runs in lines.values() for run in runs) if args.at else ():
+        if not run["before"].get("forget_words"):
+            raise data.BadInput(f"{run['file']}: no forget_words, or none before (an older run?); leave it out")
+    shown = table(comparison(lines, args.levels, args.relative, args.stages, args.at))
     print(shown)
     text, picture = (args.out.with_name(f"{args.out.name}.{ending}") for ending in ("md", "png"))
     text.write_text(shown + "\n", encoding="utf-8")

@@ -72,6 +72,41 @@ def test_table_1_of_runs(runs, shown, capsys):
     assert at["published: ATU, 20 %", ""]["general"] == "-"
     assert "published: NPO (F)" in capsys.readouterr().out
 
+# ---- at one forgetting
+
+def words(forget, neighbor):
+    return stage(forget, neighbor, forget_words=forget, neighbor_words=neighbor)
+
+
+@given(st.lists(st.tuples(st.floats(1, 100), st.floats(0, 100)), min_size=1, max_size=6), st.floats(1, 99))
+def test_read_off_at_one_forgetting(scores, percent):
+    run = {"before": without_record(words(100, 100)), "stages": [words(*pair) for pair in scores]}
+    found, forget = compare.between(run, percent), [100] + [pair[0] for pair in scores]
+    if found is None:
+        assert min(forget) > percent
+        return
+    assert found["forget_words"] == pytest.approx(percent, abs=1e-6)
+    n = next(n for n, value in enumerate(forget) if value <= percent)  # the first stage so low
+    ends = [([100] + [pair[1] for pair in scores])[place] for place in (n - 1, n)]
+    assert min(ends) - 1e-6 <= found["neighbor_words"] <= max(ends) + 1e-6
+
+
+def test_a_table_at_one_forgetting(runs, shown, capsys):
+    write, _ = runs
+    before = {"forget_words": 80, "neighbor_words": 100}
+    folders = [write("w", "atu", [words(60, 90), words(20, 70)], before=before),
+               write("x", "ga", [words(50, 40)], before=before)]
+    rows = shown(*folders, "--relative", "--at", "50", "--levels")
+    at = {(row[0], row[1]): dict(zip(rows[0], row)) for row in rows[2:]}
+    assert at["ATU + retain (F)", "at 50 %"]["neighbor words"] == "80.0"  # 40 of 80: half the way from 60 to 20
+    assert at["ATU + retain (F)", "at 50 %"]["forget words"] == "50.0"
+    assert at["GA (F)", "at 50 %"]["runs"] == "0 of 1" and at["GA (F)", "at 50 %"]["neighbor words"] == "-"
+    older = write("older", "npo", [stage(50, 90)])
+    for bad in ([*folders, "--at", "50"], [folders[0], older, "--relative", "--at", "50"],
+                [folders[0], "--relative", "--at", "101"]):
+        assert compare.main(bad) == 2
+    assert "older/results.json" in capsys.readouterr().err
+
 
 def test_table_and_figures_are_written(runs, tmp_path, capsys):
     assert compare.main([*runs[1], "--out", str(tmp_path / "t")]) == 0

@@ -122,14 +122,16 @@ def left(scores: dict, before: dict) -> dict:
 
 
 def between(run: dict, percent: float) -> dict | None:
-    """What is left of each score where the first `percent` of forget_words are: on the line between the two
-    stages around it, so that methods are compared at one forgetting. None for a run that keeps more."""
-    path = [left(scores, run["before"]) for scores in (run["before"], *run["stages"])]
-    for above, below in pairwise(path):
-        if below["forget_words"] <= percent <= above["forget_words"]:
-            way = (above["forget_words"] - percent) / ((above["forget_words"] - below["forget_words"]) or 1)
-            return {name: above[name] + way * (below[name] - above[name]) for name in above if name in below}
-    return None
+    """What is left of each score where `percent` of forget_words are: on the straight line between two stages
+    around it, so that methods are compared at one forgetting; of several such places the one that keeps most
+    of neighbor_words. None for a run that nowhere keeps so little."""
+    path, found = [left(scores, run["before"]) for scores in (run["before"], *run["stages"])], []
+    for here, there in pairwise(path):
+        low, high = sorted(scores["forget_words"] for scores in (here, there))
+        if low <= percent <= high:
+            way = (here["forget_words"] - percent) / (here["forget_words"] - there["forget_words"] or 1)
+            found.append({name: here[name] + way * (there[name] - here[name]) for name in here if name in there})
+    return max(found, key=lambda scores: scores["neighbor_words"], default=None)
 
 
 def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool, by_stage: bool,
@@ -237,8 +239,8 @@ def compare(args: argparse.Namespace) -> None:
             if run.get("stopped"):
                 print(f"note | {run['file']}: stopped ({run['stopped']}); its end is the last whole stage")
     for run in (run for runs in lines.values() for run in runs) if args.at else ():
-        if not run["before"].get("forget_words"):
-            raise data.BadInput(f"{run['file']}: no forget_words, or none before (an older run?); leave it out")
+        if not (run["before"].get("forget_words") and run["before"].get("neighbor_words")):
+            raise data.BadInput(f"{run['file']}: no word recall, or none before (an older run?); leave it out")
     shown = table(comparison(lines, args.levels, args.relative, args.stages, args.at))
     print(shown)
     text, picture = (args.out.with_name(f"{args.out.name}.{ending}") for ending in ("md", "png"))

@@ -1,8 +1,10 @@
 """Runs side by side: Table 1's rule, lines, means, what is left, figures; older runs beside today's."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,17 +80,20 @@ def words(forget, neighbor):
     return stage(forget, neighbor, forget_words=forget, neighbor_words=neighbor)
 
 
-@given(st.lists(st.tuples(st.floats(1, 100), st.floats(0, 100)), min_size=1, max_size=6), st.floats(1, 99))
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=6),
+       st.integers(1, 99))
 def test_read_off_at_one_forgetting(scores, percent):
     run = {"before": without_record(words(100, 100)), "stages": [words(*pair) for pair in scores]}
-    found, forget = compare.between(run, percent), [100] + [pair[0] for pair in scores]
-    if found is None:
-        assert min(forget) > percent
-        return
-    assert found["forget_words"] == pytest.approx(percent, abs=1e-6)
-    n = next(n for n, value in enumerate(forget) if value <= percent)  # the first stage so low
-    ends = [([100] + [pair[1] for pair in scores])[place] for place in (n - 1, n)]
-    assert min(ends) - 1e-6 <= found["neighbor_words"] <= max(ends) + 1e-6
+    found, path, kept = compare.between(run, percent), [(100, 100), *scores], []
+    for (x, y), (u, v) in pairwise(path):
+        if x == u:
+            kept += [y] * (x == percent)
+        elif min(x, u) <= percent <= max(x, u):
+            kept.append(np.interp(percent, *zip(*sorted([(x, y), (u, v)]))))
+    assert (found is None) == (not kept)
+    if kept:
+        assert found["forget_words"] == pytest.approx(percent)
+        assert found["neighbor_words"] == pytest.approx(max(kept))
 
 
 def test_a_table_at_one_forgetting(runs, shown, capsys):

@@ -136,9 +136,9 @@ def between(run: dict, percent: float) -> dict | None:
 
 def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool, by_stage: bool,
                at: list[float] = ()):
-    """The table's rows, its head first: for each line the levels, what is left `at` percent of forget_words,
-    with `by_stage` every stage, and the end. Scores, and the published rows below them; or, with `relative`,
-    what is left of them."""
+    """The table's rows, its head first: for each line the levels, with `by_stage` every stage, and the end or,
+    instead, what is left `at` percent of forget_words. Scores, and the published rows below them; or, with
+    `relative`, what is left of them."""
     everything = [run["before"] for runs in lines.values() for run in runs]
     columns = [name for name in (RELATIVE if relative else ABSOLUTE)
                if all(name.removeprefix("above ") in before for before in everything)]
@@ -149,7 +149,8 @@ def comparison(lines: dict[str, list[dict]], levels: list[float], relative: bool
         found |= {f"{level:g} %": [first_stage(run, level, relative) for run in runs] for level in levels}
         for n in range(max(len(run["stages"]) for run in runs) * by_stage):
             found[f"stage {n + 1}"] = [run["stages"][n] if n < len(run["stages"]) else None for run in runs]
-        found["end"] = [run["stages"][-1] if run["stages"] else None for run in runs]
+        if not at:
+            found["end"] = [run["stages"][-1] if run["stages"] else None for run in runs]
         found = {level: [left(stage, run["before"]) if relative and stage else stage
                          for run, stage in zip(runs, stages)] for level, stages in found.items()}
         found = {f"at {percent:g} %": [between(run, percent) for run in runs] for percent in at} | found
@@ -210,7 +211,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--levels", nargs="*", type=float, default=[50, 35, 20], metavar="PERCENT",
         help="forget accuracies; of each run counts the first stage below (default: 50 35 20; none: its end)")
     add("--at", nargs="*", type=float, default=[], metavar="PERCENT",
-        help="with --relative, where this is left of forget_words, read off between two stages")
+        help="with --relative, instead of the end: where this is left of forget_words, read off between stages")
     add("--stages", action="store_true", help="a row for every stage too")
     add("--relative", action="store_true", help="levels and scores in percent of what a run began with")
     add("--by-target", action="store_true", help="a line for each target instead of each method")

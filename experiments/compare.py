@@ -237,11 +237,10 @@ def compare(args: argparse.Namespace) -> None:
         if len(set(rest_on.values())) > 1 and not args.by_target:
             print(f"note | not the same targets and seeds in all lines | {line} | {rest_on[line]}")
         for run in runs:
+            if args.at and not (run["before"].get("forget_words") and run["before"].get("neighbor_words")):
+                raise data.BadInput(f"{run['file']}: no word recall, or none before (an older run?); leave it out")
             if run.get("stopped"):
                 print(f"note | {run['file']}: stopped ({run['stopped']}); its end is the last whole stage")
-    for run in (run for runs in lines.values() for run in runs) if args.at else ():
-        if not (run["before"].get("forget_words") and run["before"].get("neighbor_words")):
-            raise data.BadInput(f"{run['file']}: no word recall, or none before (an older run?); leave it out")
     shown = table(comparison(lines, args.levels, args.relative, args.stages, args.at))
     print(shown)
     text, picture = (args.out.with_name(f"{args.out.name}.{ending}") for ending in ("md", "png"))

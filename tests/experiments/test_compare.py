@@ -74,44 +74,6 @@ def test_table_1_of_runs(runs, shown, capsys):
     assert at["published: ATU, 20 %", ""]["general"] == "-"
     assert "published: NPO (F)" in capsys.readouterr().out
 
-# ---- at one forgetting
-
-def words(forget, neighbor):
-    return stage(forget, neighbor, forget_words=forget, neighbor_words=neighbor)
-
-
-@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=6),
-       st.integers(1, 99))
-def test_read_off_at_one_forgetting(scores, percent):
-    run = {"before": without_record(words(100, 100)), "stages": [words(*pair) for pair in scores]}
-    found, path, kept = compare.between(run, percent), [(100, 100), *scores], []
-    for (x, y), (u, v) in pairwise(path):
-        if x == u:
-            kept += [y] * (x == percent)
-        elif min(x, u) <= percent <= max(x, u):
-            kept.append(np.interp(percent, *zip(*sorted([(x, y), (u, v)]))))
-    assert (found is None) == (not kept)
-    if kept:
-        assert found["forget_words"] == pytest.approx(percent)
-        assert found["neighbor_words"] == pytest.approx(max(kept))
-
-
-def test_a_table_at_one_forgetting(runs, shown, capsys):
-    write, _ = runs
-    before = {"forget_words": 80, "neighbor_words": 100}
-    folders = [write("w", "atu", [words(60, 90), words(20, 70)], before=before),
-               write("x", "ga", [words(50, 40)], before=before)]
-    rows = shown(*folders, "--relative", "--at", "50", "--levels")
-    at = {(row[0], row[1]): dict(zip(rows[0], row)) for row in rows[2:]}
-    assert at["ATU + retain (F)", "at 50 %"]["neighbor words"] == "80.0"  # 40 of 80: half the way from 60 to 20
-    assert at["ATU + retain (F)", "at 50 %"]["forget words"] == "50.0"
-    assert at["GA (F)", "at 50 %"]["runs"] == "0 of 1" and at["GA (F)", "at 50 %"]["neighbor words"] == "-"
-    older = write("older", "npo", [stage(50, 90)])
-    for bad in ([*folders, "--at", "50"], [folders[0], older, "--relative", "--at", "50"],
-                [folders[0], "--relative", "--at", "101"]):
-        assert compare.main(bad) == 2
-    assert "older/results.json" in capsys.readouterr().err
-
 
 def test_table_and_figures_are_written(runs, tmp_path, capsys):
     assert compare.main([*runs[1], "--out", str(tmp_path / "t")]) == 0
@@ -157,6 +119,45 @@ def test_a_line_for_each_target_at_the_end_of_its_runs(runs, shown, capsys):
     assert rows[0][:4] == ["", "level", "forget all", "neighbor all"] and len(rows) == 3
     assert rows[2][:4] == ["Ada", "end", "31.2 ± 8.8", "75.0 ± 7.1"]
     assert "note |" not in capsys.readouterr().out
+
+
+# ---- at one forgetting
+
+def words(forget, neighbor):
+    return stage(forget, neighbor, forget_words=forget, neighbor_words=neighbor)
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=6),
+       st.integers(1, 99))
+def test_read_off_at_one_forgetting(scores, percent):
+    run = {"before": without_record(words(100, 100)), "stages": [words(*pair) for pair in scores]}
+    found, path, kept = compare.between(run, percent), [(100, 100), *scores], []
+    for (x, y), (u, v) in pairwise(path):
+        if x == u:
+            kept += [y] * (x == percent)
+        elif min(x, u) <= percent <= max(x, u):
+            kept.append(np.interp(percent, *zip(*sorted([(x, y), (u, v)]))))
+    assert (found is None) == (not kept)
+    if kept:
+        assert found["forget_words"] == pytest.approx(percent)
+        assert found["neighbor_words"] == pytest.approx(max(kept))
+
+
+def test_a_table_at_one_forgetting(runs, shown, capsys):
+    write, _ = runs
+    before = {"forget_words": 80, "neighbor_words": 100}
+    folders = [write("w", "atu", [words(60, 90), words(20, 70)], before=before),
+               write("x", "ga", [words(50, 40)], before=before)]
+    rows = shown(*folders, "--relative", "--at", "50", "--levels")
+    at = {(row[0], row[1]): dict(zip(rows[0], row)) for row in rows[2:]}
+    assert at["ATU + retain (F)", "at 50 %"]["neighbor words"] == "80.0"  # 40 of 80: half the way from 60 to 20
+    assert at["ATU + retain (F)", "at 50 %"]["forget words"] == "50.0"
+    assert at["GA (F)", "at 50 %"]["runs"] == "0 of 1" and at["GA (F)", "at 50 %"]["neighbor words"] == "-"
+    older = write("older", "npo", [stage(50, 90)])
+    for bad in ([*folders, "--at", "50"], [folders[0], older, "--relative", "--at", "50"],
+                [folders[0], "--relative", "--at", "101"]):
+        assert compare.main(bad) == 2
+    assert "older/results.json" in capsys.readouterr().err
 
 
 # ---- what is left

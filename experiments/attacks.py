@@ -3,7 +3,7 @@
     python -m experiments.attacks runs/warren-buffett     writes attacks.json beside the run's results.json
     python -m experiments.attacks --compare experiments/results/attacks/*     writes attacks.md, attacks.png
 
-A line an attack, in percent: RWKU's score of the blanks and questions (FB, QA) that name the target.
+A line an attack, in percent: word recall of the blanks and questions (FB, QA) that name the target.
 
     attacked    the run's model under the attack
     untouched   the model before unlearning, under the same attack: what there is to find
@@ -120,14 +120,14 @@ def quantize(llm, tokenizer, case: Case) -> dict:
     """Weights of the blocks in int8 (a scale a row) and NF4 (a scale for 64 weights), after Zhang et al. 2024
     (arXiv 2410.16454). `void`: kinds that cost the model more than 15 % of its neighbours. The larger score
     counts, of the kinds that are not void for the untouched model (`attack` sees to it)."""
-    found, near, void = {}, scored(llm, tokenizer, case.near, "neighbor_all"), []
+    found, near, void = {}, scored(llm, tokenizer, case.near, "neighbor_words"), []
     for kind in ("int8", "nf4"):
         small = copy.deepcopy(llm)
         for module in small.get_decoder().layers.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.data = quantized(module.weight.data, kind)
         found[kind] = scored(small, tokenizer, case.probes)
-        void += [kind] * (scored(small, tokenizer, case.near, "neighbor_all") < 0.85 * near)
+        void += [kind] * (scored(small, tokenizer, case.near, "neighbor_words") < 0.85 * near)
     return found | {"void": void}
 
 
@@ -173,7 +173,7 @@ def steer(llm, tokenizer, case: Case) -> dict:
 
 @torch.no_grad()
 def sampled(llm, tokenizer, rows: list[dict], directions=(), layer: int = 1) -> list[list[float]]:
-    """The scores in [0, 1] of N questions' 32 answers. directions: none, or one (D,) a question, which is
+    """The word recall in [0, 1] of N questions' 32 answers. directions: none, or one (D,) a question, which is
     added to what block `layer` puts out for the question's last token."""
     scores, stops = [], map(tokenizer.convert_tokens_to_ids, evaluate.STOPS)
     ends = {tokenizer.eos_token_id, *stops} - {None}
@@ -194,7 +194,7 @@ def sampled(llm, tokenizer, rows: list[dict], directions=(), layer: int = 1) -> 
                             max_new_tokens=16, eos_token_id=list(ends),
                             pad_token_id=tokenizer.pad_token_id)                            # (32, P + G)
         said = [[*takewhile(lambda token: token not in ends, new)] for new in out[:, ids.shape[1]:].tolist()]
-        scores.append([evaluate.rouge_l_recall(text.strip(), row["answer"])
+        scores.append([evaluate.word_recall(text, row["answer"])
                        for text in tokenizer.batch_decode(said, skip_special_tokens=True)])
     return scores
 
@@ -204,9 +204,9 @@ def leaks(rows: list[dict], scores: list[list[float]]) -> dict:
     bound of leak@1 (95 %, one-sided, over questions), in percent. scores: in [0, 1], 32 a question."""
     found, means = {}, [100 * mean(part) for part in scores]
     for k in (1, 8, 32):
-        best = [row | {"score": mean(max(part[at:at + k]) for at in range(0, SAMPLES, k))}
+        best = [row | {"recall": mean(max(part[at:at + k]) for at in range(0, SAMPLES, k))}
                 for row, part in zip(rows, scores)]
-        found[f"leak@{k}"] = evaluate.summary(best)["forget_all"]
+        found[f"leak@{k}"] = evaluate.summary(best)["forget_words"]
     bound = found["leak@1"] + 1.645 * (stdev(means) if means[1:] else 0.0) / len(means) ** 0.5
     return {"score": found["leak@32"], "bound": min(bound, 100.0)} | found
 
@@ -224,10 +224,10 @@ def paraphrase(llm, tokenizer, case: Case) -> dict:
     asked = {score: [row | {"query": wording.format(row["query"])} for row in part for wording in WORDINGS]
              for score, part in case.probes.items()}
     rows, kinds, N = evaluate.evaluate(llm, tokenizer, asked)[1], {}, len(WORDINGS)
-    best = [max(rows[at:at + N], key=lambda row: row["score"]) for at in range(0, len(rows), N)]
+    best = [max(rows[at:at + N], key=lambda row: row["recall"]) for at in range(0, len(rows), N)]
     for row in evaluate.evaluate(llm, tokenizer, {"forget_aa": case.rephrased})[1]:
-        kinds.setdefault(row["type"].partition(" (")[0], []).append(row["score"])
-    return {"score": evaluate.summary(best)["forget_all"],
+        kinds.setdefault(row["type"].partition(" (")[0], []).append(row["recall"])
+    return {"score": evaluate.summary(best)["forget_words"],
             "by_type": {kind: 100 * mean(kinds[kind]) for kind in sorted(kinds)}}
 
 
@@ -246,7 +246,7 @@ ATTACKS = {"none": lambda llm, tokenizer, case: {"score": scored(llm, tokenizer,
            "steer": steer, "reverse": reverse, "paraphrase": paraphrase}
 
 
-def scored(llm, tokenizer, probes: dict[str, list[dict]], name: str = "forget_all") -> float:
+def scored(llm, tokenizer, probes: dict[str, list[dict]], name: str = "forget_words") -> float:
     """The score `name` of greedy answers, in percent."""
     return evaluate.evaluate(llm, tokenizer, probes)[0][name]
 

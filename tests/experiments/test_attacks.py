@@ -188,7 +188,7 @@ def test_the_likeliest_token_each_time_is_the_greedy_answer(tokenizer, monkeypat
     probes = {"forget_qa": [{"query": query, "answer": "birds"} for query in asked]}
     rows = attacks.prompted(probes, tokenizer)
     monkeypatch.setattr(torch, "multinomial", lambda likely, num_samples: likely.argmax(1, keepdim=True))
-    monkeypatch.setattr(evaluate, "rouge_l_recall", lambda said, gold: said)
+    monkeypatch.setattr(evaluate, "word_recall", lambda said, gold: said)
     greedy = evaluate.answer(llm, tokenizer, [row["prompt"] for row in rows], 1, tokens=16)
     assert attacks.sampled(llm, tokenizer, rows) == [[text] * attacks.SAMPLES for text in greedy]
 
@@ -200,7 +200,7 @@ def test_samples_differ_and_are_the_same_each_time(cases, tokenizer):
 
     rows = attacks.prompted({"forget_qa": [{"query": "Who?", "answer": "a b c d e f g h i j"}]}, tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "rouge_l_recall", lambda said, gold: said)
+        patch.setattr(evaluate, "word_recall", lambda said, gold: said)
         (said,) = first = once()
         assert len(said) == 32 and len({*said}) > 8 and first == once()
 
@@ -242,7 +242,7 @@ def test_each_question_is_steered_by_its_own_direction(cases, tokenizer, monkeyp
     rows = attacks.prompted({"forget_qa": [{"query": "Who?", "answer": "birds"}] * 2}, tokenizer)
     directions = [1e6 * torch.eye(D)[n] for n in (3, 7)]
     monkeypatch.setattr(torch, "multinomial", lambda likely, num_samples: likely.argmax(1, keepdim=True))
-    monkeypatch.setattr(evaluate, "rouge_l_recall", lambda said, gold: said)
+    monkeypatch.setattr(evaluate, "word_recall", lambda said, gold: said)
     with torch.no_grad():
         wanted = [llm.lm_head(llm.model.norm(direction)).argmax() for direction in directions]
     said = attacks.sampled(llm, tokenizer, rows, directions, 4)

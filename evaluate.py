@@ -238,7 +238,8 @@ def scores_table(rows: dict[str, dict]) -> str:
 
 
 # The same for the same thing in every picture; the colour-blind tell them apart.
-COLOURS = {"forget_all": "#d55e00", "neighbor_all": "#0072b2", "general": "#009e73", "mmlu": "#cc79a7",
+COLOURS = {"forget_all": "#d55e00", "forget_words": "#882255", "neighbor_all": "#0072b2",
+           "general": "#009e73", "mmlu": "#cc79a7",
            "align: loss": "#56b4e9", "unlearn: loss": "#e69f00", "unlearn: similarity": "#000000"}
 
 

@@ -588,14 +588,14 @@ def panels(found: dict) -> list[dict]:
                 xs, ys = by_step.setdefault(f"{record['kind']}: {key}", ([], []))
                 xs.append(done + record["step"])
                 ys.append(record[key])
-    names = [name for name in ("forget_all", "neighbor_all", "general", "mmlu") if name in scores[0]]
+    names = [name for name in evaluate.COLOURS if name in scores[0]]
     course = {name: [s[name] for s in scores] for name in names}
     by_stage = {name: (list(range(len(scores))), values) for name, values in course.items()}
-    forget = course.pop("forget_all", [])
-    trade_off = {name: (forget, values) for name, values in course.items() if forget}
+    forget = course.get("forget_words", [])
+    trade_off = {name: (forget, values) for name, values in course.items() if forget and "forget" not in name}
     return [{"title": "loss and similarity by step", "x": "step", "y": "loss, similarity", "lines": by_step},
             {"title": "scores by stage", "x": "stage", "y": "%", "lines": by_stage},
-            {"title": "forgetting, and what is lost", "x": "forget_all (%)", "y": "%", "lines": trade_off}]
+            {"title": "forgetting, and what is lost", "x": "forget_words (%)", "y": "%", "lines": trade_off}]
 
 
 def report(found: dict) -> None:

@@ -161,7 +161,9 @@ def test_steps_in_the_log_count_within_their_phase_and_in_the_picture_over_all(f
     assert max(xs) == 12 + sum(stage["record"]["steps"] for stage in results["stages"])
     course = [scores["neighbor_all"] for scores in (results["before"], *results["stages"])]
     assert by_stage["lines"]["neighbor_all"] == ([0, 1, 2], course)
-    assert trade_off["lines"]["neighbor_all"][1] == course
+    left = [scores["forget_words"] for scores in (results["before"], *results["stages"])]  # what ends a run
+    assert by_stage["lines"]["forget_words"] == ([0, 1, 2], left)
+    assert trade_off["lines"]["neighbor_all"] == (left, course) and "forget_all" not in trade_off["lines"]
 
 
 class Terminal(io.StringIO):

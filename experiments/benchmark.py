@@ -305,14 +305,17 @@ class Memory(TorchDispatchMode):
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The command line. Raises BadInput."""
     parser = argparse.ArgumentParser(description="What a step costs: seconds, and memory.")
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="smol", help="of which preset (default: smol)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--rounds", type=int, default=15, help="measurements of each step (default: 15)")
     add("--memory", action="store_true", help="memory instead")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise data.BadInput(f"--rounds {args.rounds}: must be at least 1")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

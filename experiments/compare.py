@@ -244,7 +244,7 @@ def compare(args: argparse.Namespace) -> None:
     shown = table(comparison(lines, args.levels, args.relative, args.stages, args.at))
     print(shown)
     text, picture = (args.out.with_name(f"{args.out.name}.{ending}") for ending in ("md", "png"))
-    text.write_text(shown + "\n", encoding="utf-8")
+    data.write_text(text, shown + "\n")
     evaluate.plot(picture, trade_off(lines), COLOURS)
     print(f"wrote | {text} | {picture}")
 

@@ -14,7 +14,7 @@ import data
 import evaluate
 from experiments.compare import table
 
-FIELDS = {"set": str, "answers": list, "query": str}  # beside these: said, which may be empty, and right
+FIELDS = {"set": str, "answers": list, "right": int}  # beside these: said, which may be empty
 SCORES = {"RWKU": evaluate.rouge_l_recall, "word recall": evaluate.word_recall}
 
 
@@ -24,9 +24,11 @@ def agreement(rows: list[dict]) -> list[list[str]]:
     lines = [["", "answers", "right, %", *heads]]
     for group in ("forget", "neighbor", "general", ""):
         part = [row for row in rows if row["set"].startswith(group)]
+        if not part:
+            continue
         cells = [100 * sum(row["right"] for row in part) / len(part)]
         for score in SCORES.values():
-            found = [max(score(row["said"], gold) for gold in row["answers"]) for row in part]
+            found = [max(score(row.get("said", ""), gold) for gold in row["answers"]) for row in part]
             agrees = sum((value == 1) == row["right"] for value, row in zip(found, part))
             cells += [100 * sum(found) / len(part), 100 * agrees / len(part)]
         lines.append([group or "all", f"{len(part)}", *(f"{cell:.1f}" for cell in cells)])

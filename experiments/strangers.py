@@ -7,11 +7,10 @@ Shows how much of what M says is knowledge: made-up names, of as many tokens, st
 
     floor             forget_all of the untouched M with made-up names in question and answer: what is guessed
     gap               how much better M predicts texts on the target than the same with made-up names
-    similarity_gap    how much closer to e_unlearn the best linear E comes there
     stranger steps    before E is aligned, M learns to read the target's texts as those with made-up names
 
-The first three are among a run's scores (the gaps with their deviation over the names), and a run that stops
-by --stop-at stops at the floor too.
+The first two are among a run's scores (the gap with its deviation over the names), and a run that stops by
+--stop-at stops at the floor too.
 """
 
 import re
@@ -23,7 +22,6 @@ from statistics import mean, stdev
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
 from torch.nn.utils import clip_grad_norm_
 
 import atu
@@ -31,7 +29,7 @@ import data
 import evaluate
 import train
 from experiments.baselines import token_log_probs
-from losses import cosine, retain_loss
+from losses import retain_loss
 from train import option
 
 
@@ -55,9 +53,9 @@ class Strangers:
         compared, self.names = texts_and_names(work, config)
         self.floor = floor(work, self.names, config) if self.names else None
         self.versions = versions_of(compared, self.names, work.tokenizer, config) if self.names else None
-        self.corpus, self.concept = train.embed_texts(work, config)
+        self.corpus, concept = train.embed_texts(work, config)
         renamed = renamed_ids(work, self.names, self.corpus, config) if config.stranger_steps else None
-        state, records = train.begin(work, config, (self.corpus, self.concept))
+        state, records = train.begin(work, config, (self.corpus, concept))
         return state, records if renamed is None else self.strangers_first(state, records, renamed, config)
 
     def strangers_first(self, state: atu.State, records, renamed: Tensor, config: Config):
@@ -70,12 +68,12 @@ class Strangers:
             yield record
 
     def score(self, work: train.Work, config: Config) -> tuple[dict, list[dict]]:
-        """train.score, with floor and gaps."""
+        """train.score, with floor and gap."""
         scores, rows = train.score(work, config)
         if self.floor is not None:
             scores["floor"] = self.floor
         if self.versions is not None:
-            scores |= knowledge_gap(work.llm, self.concept, self.corpus, self.versions, config)
+            scores |= knowledge_gap(work.llm, self.versions, config)
         return scores, rows
 
 
@@ -103,52 +101,27 @@ def floor(work: train.Work, names: list[dict[str, str]], config: Config) -> floa
 
 
 @torch.no_grad()
-def knowledge_gap(llm, concept: Tensor, corpus: data.Corpus, versions: tuple[Tensor, Tensor], config) -> dict:
+def knowledge_gap(llm, versions: tuple[Tensor, Tensor], config) -> dict:
     """What M reads in texts on the target beyond what it reads in the same texts about somebody nobody knows.
 
     versions: token ids and mask, (1 + S, B, T), of B texts with the true name, then with S made-up names of
     as many tokens. What counts is what M makes of the other words: the tokens after the name's first place
-    that are the same in all versions. Returns `gap` (M's own -log p of a token, nats x 100) and
-    `similarity_gap` (to the concept, of the best linear E on block `layer`, x 100), in favour of the true
-    name: means over the made-up ones, with `_sd` their deviations. Above 0 M knows the target, and Sec. 3's
-    realigned E may find it; at 0 M reads a stranger; below, worse than that, which betrays the target.
+    that are the same in all versions. Returns `gap` (M's own -log p of a token, nats x 100, in favour of the
+    true name: the mean over the made-up ones) and `gap_sd`, its deviation. Above 0 M knows the target; at 0
+    M reads a stranger; below, worse than that, which betrays the target.
     """
-    head, concept = linear_head(llm, corpus, config), concept.to(llm.device)
     ids, mask = (part.to(llm.device) for part in versions)                                # (1 + S, B, T) each
     differ, read = (ids != ids[0]).any(0), []                                             # (B, T)
     same = mask[0] & ~differ & (differ.cumsum(1) > 0)                                     # (B, T)
     for texts in ids:                                                                     # (B, T)
-        found = {"gap": [], "similarity_gap": []}
+        found = []
         for part, counted in zip(texts.split(config.batch), same.split(config.batch)):    # (b, T) each
             with atu.autocast(llm.device, config.bf16):
                 logits = llm(input_ids=part, use_cache=False).logits.float()              # (b, T, V)
-                hidden = atu.hidden_states(llm, part, config.layer)                       # (b, T, D)
-            found["gap"].append(-token_log_probs(logits, part, counted))
-            found["similarity_gap"].append(-cosine(head(hidden), concept)[counted])
-        read.append({name: torch.cat(values).mean().item() for name, values in found.items()})
-    gaps = {}
-    for name, true in read[0].items():
-        values = [100 * (stranger[name] - true) for stranger in read[1:]]                 # S
-        gaps |= {name: mean(values), f"{name}_sd": stdev(values) if values[1:] else 0.0}
-    return gaps
-
-
-def linear_head(llm, corpus: data.Corpus, config):
-    """The linear E on block `layer`, nearest to e_t on other texts than the target's (every second one, to
-    save time) by least squares with a ridge: no seed, no steps. A function, (B, T, D) -> (B, T, E)."""
-    width, sums = llm.config.get_text_config().hidden_size, 0.0
-    for rows in (~corpus.about).nonzero()[::2, 0].split(config.batch):
-        with atu.autocast(llm.device, config.bf16):
-            hidden = atu.hidden_states(llm, corpus.input_ids[rows].to(llm.device), config.layer)
-        valid = corpus.valid[rows]                                                        # (B, T)
-        x = layer_norm(hidden.float(), [width])[valid.to(llm.device)].double()            # (N, D)
-        x = torch.cat([x, x.new_ones(len(x), 1), corpus.reference(rows)[valid].to(x)], 1)   # (N, D + 1 + E)
-        sums = sums + x.T @ x
-    inputs = sums[:width + 1, :width + 1]
-    ridge = 0.1 * inputs[-1, -1] * torch.eye(width + 1).to(inputs)                        # of the variance
-    ridge[-1, -1] = 0                                                                     # none on the bias
-    weight = torch.linalg.solve(inputs + ridge, sums[:width + 1, width + 1:]).float()     # (D + 1, E)
-    return lambda hidden: layer_norm(hidden.float(), [width]) @ weight[:-1] + weight[-1]
+            found.append(-token_log_probs(logits, part, counted))
+        read.append(torch.cat(found).mean().item())
+    gaps = [100 * (stranger - read[0]) for stranger in read[1:]]                          # S
+    return {"gap": mean(gaps), "gap_sd": stdev(gaps) if gaps[1:] else 0.0}
 
 
 # ------------------------------------------------------------------------------- stranger steps

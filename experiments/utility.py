@@ -201,7 +201,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch < 1:
         raise data.BadInput(f"--batch {args.batch}: must be at least 1")
-    if args.json and not (args.json.name and args.json.parent.is_dir()):
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise data.BadInput(f"--json {args.json}: cannot be written; name a file in a folder that is there")
     return args
 

@@ -526,7 +526,7 @@ def test_out_of_memory_is_one_line_and_leaves_nothing(arguments, capsys, monkeyp
     if exists:
         (tmp_path / "run").mkdir()  # the user's own folder stays, empty
     assert train.main([*arguments(), *SHORT]) == 2
-    assert "out of memory; lower the batches" in last_error(capsys)
+    assert "out of memory; lower batches" in last_error(capsys)
     assert (tmp_path / "run").exists() == exists and not (exists and list((tmp_path / "run").iterdir()))
 
 

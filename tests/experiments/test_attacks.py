@@ -291,7 +291,9 @@ def test_runs_side_by_side_are_means_and_the_best_rate_counts(tmp_path, monkeypa
 
 def test_what_cannot_be_compared_is_named(tmp_path, capsys):
     whole, bare = finished(tmp_path, "a", "atu", 40.0), finished(tmp_path, "b", "ga", 0.0)
-    for words, message in (([bare], "attacks.json: cannot be read"), ([whole, "--out", "."], "--out .: a ")):
+    nowhere = tmp_path / "none" / "t"
+    for words, message in (([bare], "attacks.json: cannot be read"), ([whole, "--out", "."], "--out .: name files"),
+                           ([whole, "--out", nowhere], f"--out {nowhere}: name files")):
         assert attack("--compare", *words) == 2 and message in capsys.readouterr().err
     for text in ("[1]", "{}", "no JSON"):
         (bare / "attacks.json").write_text(text)

@@ -28,6 +28,10 @@ def test_it_prints_both_steps_beside_the_straightforward_ones(capsys):
     assert "caches | " in shown and "all alignment | 252 texts, 590 steps | ours " in shown
 
 
+def test_bad_input(capsys):
+    assert benchmark.main(["--rounds", "0"]) == 2 and "--rounds 0: must be at least 1" in capsys.readouterr().err
+
+
 def test_medians_and_spreads_are_of_the_rounds_after_the_first(capsys, monkeypatch):
     def seconds(work, device: str) -> float:
         return next(work() if work in steps else iter([1.0]))

@@ -27,6 +27,7 @@ def test_agreement_is_counted():
     row = {"set": "forget_qa", "query": "Who?", "answers": ["Ada Finch"], "said": "Ada Finche", "right": True}
     others = [{**row, "set": name, "said": "", "right": False} for name in ("neighbor_qa", "general")]
     assert labels.agreement([row, *others])[1] == ["forget", "1", "100.0", "50.0", "0.0", "100.0", "100.0"]
+    assert [line[0] for line in labels.agreement([row])[1:]] == ["forget", "all"]
     assert labels.agreement([row, *others])[4] == ["all", "3", "33.3", "16.7", "66.7", "33.3", "100.0"]
 
 

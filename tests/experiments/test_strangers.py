@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import layer_norm
 
 import atu
 import data
@@ -27,7 +26,7 @@ CONFIG = strangers.Config(target="Ada Lark", layer=2, batch=4, window=4, length=
 SMALL = ("--preset smol --device cpu --length 24 --window 4 --layer 2 --head-depth 1 --head-width 32 "
          "--batch 4 --align-steps 6 --realign-steps 3 --unlearn-steps 4 --taus 0.2 -0.5 --stop-at 0 "
          "--log-every 1 --llm-lr 1e-3 --names 2").split()
-GAPS = {"gap", "gap_sd", "similarity_gap", "similarity_gap_sd"}
+GAPS = {"gap", "gap_sd"}
 
 
 def weights(module):
@@ -177,21 +176,21 @@ def versions(tokenizer, *names, text=TEXT):
     return ids[:, None], mask[:, None]
 
 
-def test_the_gap_is_zero_where_the_model_sees_no_difference(llm, tokenizer, corpus, concept):
+def test_the_gap_is_zero_where_the_model_sees_no_difference(llm, tokenizer):
     embedding = llm.get_input_embeddings().weight.data  # three names that are one to the model
     for name in ("Ben", "James"):
         for place in ("{}", " {}"):
             (one,), (other,) = (tokenizer(place.format(word))["input_ids"] for word in ("Ada", name))
             embedding[other] = embedding[one]
-    gap = strangers.knowledge_gap(llm, concept, corpus, versions(tokenizer, "Ada", "Ben", "James"), CONFIG)
+    gap = strangers.knowledge_gap(llm, versions(tokenizer, "Ada", "Ben", "James"), CONFIG)
     assert set(gap) == GAPS and all(abs(value) < 1e-4 for value in gap.values())
 
 
 def test_a_model_that_has_learned_about_a_name_has_a_gap_and_loses_it_when_it_learns_the_same_of_others(
-        llm, tokenizer, corpus, concept):
+        llm, tokenizer):
     swapped = "The {} of the sea sang; all day long to was painter birds {} a birds of."  # a name matters
     texts = versions(tokenizer, "Ada", "Ben", "James", text=swapped)
-    before = strangers.knowledge_gap(llm, concept, corpus, texts, CONFIG)["gap"]
+    before = strangers.knowledge_gap(llm, texts, CONFIG)["gap"]
 
     def learn(rows):
         ids, mask = (part[rows, 0] for part in texts)
@@ -200,25 +199,20 @@ def test_a_model_that_has_learned_about_a_name_has_a_gap_and_loses_it_when_it_le
             baselines.likelihood_loss(llm(input_ids=ids).logits, ids, mask).backward()
             optimizer.step()
             optimizer.zero_grad()
-        return strangers.knowledge_gap(llm, concept, corpus, texts, CONFIG)["gap"]
+        return strangers.knowledge_gap(llm, texts, CONFIG)["gap"]
 
     learned = learn([0])
     assert learned > before + 5
     assert abs(learn([0, 1, 2])) < learned / 3
 
 
-def test_the_gap_leaves_the_model_as_it_was_and_does_not_look_at_the_names_own_tokens(
-        llm, tokenizer, corpus, concept):
+def test_the_gap_leaves_the_model_as_it_was(llm, tokenizer):
     before, texts = weights(llm), versions(tokenizer, "Ada", "Ben", "James")
-    strangers.knowledge_gap(llm, concept, corpus, texts, CONFIG)
+    strangers.knowledge_gap(llm, texts, CONFIG)
     assert not moved(before, llm)
-    bare = copy.deepcopy(llm)  # a model that sees one token at a time has no gap, whatever the name
-    for layer in bare.model.layers:
-        layer.self_attn.o_proj.weight.data.zero_()
-    assert abs(strangers.knowledge_gap(bare, concept, corpus, texts, CONFIG)["similarity_gap"]) < 1e-4
 
 
-def test_the_gap_in_nats_is_that_of_a_loop_over_the_words_after_the_name(llm, tokenizer, corpus, concept):
+def test_the_gap_in_nats_is_that_of_a_loop_over_the_words_after_the_name(llm, tokenizer):
     about = ["The birds of {} sang to the sea.", "The long road home: {} was a painter and sang to {}."]
     names = "Ada", "Ben", "James"
     written = [text.replace("{}", name) for name in names for text in about]
@@ -232,25 +226,10 @@ def test_the_gap_in_nats_is_that_of_a_loop_over_the_words_after_the_name(llm, to
             counted += [-logp[b, t - 1, ids[b, t]].item() for t in after if alike[t]]
         nats.append(sum(counted) / len(counted))
     one, two = 100 * (nats[1] - nats[0]), 100 * (nats[2] - nats[0])
-    gap = strangers.knowledge_gap(llm, concept, corpus, texts, CONFIG)
+    gap = strangers.knowledge_gap(llm, texts, CONFIG)
     assert gap["gap"] == pytest.approx((one + two) / 2, abs=1e-3)
     assert gap["gap_sd"] == pytest.approx(abs(one - two) / math.sqrt(2), abs=1e-3)
-    assert strangers.knowledge_gap(llm, concept, corpus, [part[:2] for part in texts], CONFIG)["gap_sd"] == 0
-
-
-def test_the_linear_head_is_the_least_squares_solution(llm, tokenizer, encoder):
-    others = [*SENTENCES[1:], "The birds of the sea sang all day long.", "A bridge of stone is long."]
-    corpus = data.make_corpus(SENTENCES[:1], others, tokenizer, encoder, window=4, length=24)
-    head = strangers.linear_head(llm, corpus, CONFIG)
-    rows = (~corpus.about).nonzero()[::2, 0]
-    hidden = atu.hidden_states(llm, corpus.input_ids[rows], 2)[corpus.valid[rows]]
-    x = layer_norm(hidden, [32]).double()
-    e = corpus.reference(rows)[corpus.valid[rows]].double()
-    centred, ridge = x - x.mean(0), (0.1 * len(x)) ** 0.5 * torch.eye(32).double()  # as rows of data
-    wanted = torch.cat([e - e.mean(0), torch.zeros(32, 16).double()])
-    weight = torch.linalg.lstsq(torch.cat([centred, ridge]), wanted).solution
-    assert torch.allclose(head(hidden).double(), centred @ weight + e.mean(0), atol=1e-4)
-    assert torch.allclose(head(hidden).double().mean(0), e.mean(0), atol=1e-4)
+    assert strangers.knowledge_gap(llm, [part[:2] for part in texts], CONFIG)["gap_sd"] == 0
 
 
 def test_the_floor_is_the_mean_over_names_and_0_where_the_target_is_not_named(monkeypatch):
@@ -347,7 +326,7 @@ def test_a_run_is_compared_with_made_up_names(main, tmp_path, capsys, monkeypatc
     assert len({scores["floor"] for scores in every}) == 1 and len({scores["gap"] for scores in every}) == 3
     assert asked == [2 * 6, 10, 10, 10]  # the floor: two names, six questions that name the target
     shown = capsys.readouterr().out
-    assert all(name in shown for name in (" floor", " gap", " similarity gap"))
+    assert all(name in shown for name in (" floor", " gap"))
     assert results["settings"]["names"] == 2
 
 

@@ -1,7 +1,7 @@
 """Can what a model forgot be brought back? Attacks on finished runs, each beside its controls.
 
     python -m experiments.attacks runs/warren-buffett     writes attacks.json beside the run's results.json
-    python -m experiments.attacks --compare experiments/results/attacks/*     writes attacks.md, attacks.png
+    python -m experiments.attacks --compare runs/*        writes attacks.md, attacks.png
 
 A line an attack, in percent: word recall of the blanks and questions (FB, QA) that name the target.
 

@@ -36,7 +36,7 @@ import atu
 import data
 import evaluate
 from experiments.baselines import likelihood_loss, tokenize_answers
-from experiments.compare import COLOURS, read_runs, spread, table
+from experiments.compare import COLOURS, check_out, read_runs, spread, table
 from experiments.strangers import exchanged, made_up_names
 
 
@@ -385,8 +385,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compare", action="store_true", help="attack nothing: a table of what was found")
     add("--out", type=Path, default=Path("attacks"), help="of --compare: OUT.md, OUT.png (default: attacks)")
     args = parser.parse_args(argv)
-    if not args.out.name or not args.out.parent.is_dir():
-        raise data.BadInput(f"--out {args.out}: name files in a folder that is there, without .md and .png")
+    check_out(args.out)
     return args
 
 

@@ -223,9 +223,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 raise data.BadInput(f"--{name} {level:g}: percent, so above 0 and at most 100")
     if args.at and not args.relative:
         raise data.BadInput("--at: what is left, so give --relative too")
-    if not args.out.name or not args.out.parent.is_dir():
-        raise data.BadInput(f"--out {args.out}: name files in a folder that is there, without .md and .png")
+    check_out(args.out)
     return args
+
+
+def check_out(out: Path) -> None:
+    """Raises data.BadInput where OUT.md and OUT.png cannot be files."""
+    if not out.name or not out.parent.is_dir():
+        raise data.BadInput(f"--out {out}: name files in a folder that is there, without .md and .png")
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -269,7 +269,8 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     (RuntimeError("not enough memory: you tried to allocate"), "out of memory; lower"),
     (MemoryError(), "out of memory; lower"),
     (RuntimeError("MPS backend out of memory"), "out of memory; lower"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; lower batches; in training"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory; lower batches; in training --length, --layer or "
+     "--checkpointing, --lora 8\n"),
     (OSError(errno.ENOSPC, "No space left on device", "x/y"), "No space left on device: 'x/y'; make room"),
     (PermissionError(errno.EACCES, "Permission denied"), "name another folder (--out, or ATU_CACHE"),
     (data.BadInput("--out x: no"), "error: --out x: no\n")])

@@ -1,6 +1,5 @@
 """Made-up names, the floor and the gaps measured with them, the stranger steps; whole runs."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -35,11 +34,6 @@ def weights(module):
 
 def moved(before, module):
     return {name for name, value in module.state_dict().items() if not torch.equal(before[name], value)}
-
-
-@pytest.fixture
-def concept(corpus):
-    return corpus.table[corpus.index[0, 3]]
 
 
 @pytest.fixture

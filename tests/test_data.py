@@ -154,7 +154,8 @@ def test_a_malformed_file_is_named_with_row_and_field(tmp_path, content, message
         data.read_set(tmp_path, "Ada", "forget_level1")
 
 
-MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "task": "t", "examples": [{}]}
+MMLU = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "task": "t"}
+MMLU["examples"] = [{field: MMLU[field] for field in ("question", "choices", "answer")}]
 
 
 @pytest.mark.parametrize("name, good, field, bad", [
@@ -177,7 +178,7 @@ def test_the_fields_asked_for_may_be_others(tmp_path):
     (tmp_path / "pair.json").write_text(json.dumps(rows))
     assert data.read_set(tmp_path, "Ada", "pair", {"prompt": str}) == rows
     with pytest.raises(data.BadInput, match="pair.json: row 1 has nothing in field 'response'"):
-        data.read_set(tmp_path, "Ada", "pair", {"prompt": str, "response": list})
+        data.read_set(tmp_path, "Ada", "pair", {"prompt": str, "response": [str]})
 
 
 # ---- names
@@ -272,7 +273,8 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory; lower batches; in training --length, --layer or "
      "--checkpointing, --lora 8\n"),
     (OSError(errno.ENOSPC, "No space left on device", "x/y"), "No space left on device: 'x/y'; make room"),
-    (PermissionError(errno.EACCES, "Permission denied"), "name another folder (--out, or ATU_CACHE"),
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied; name another folder (--out, or ATU_CACHE for "
+     "the cache)\n"),
     (data.BadInput("--out x: no"), "error: --out x: no\n")])
 def test_what_a_user_can_mend_is_one_line_and_exit_code_2(error, said, capsys):
     def work():

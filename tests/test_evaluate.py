@@ -421,6 +421,10 @@ def test_own_probes_stand_in_the_place_of_those_on_the_target(arguments, folders
     (("--batch", "0"), "at least 1"), (("--probes", "nowhere.json"), "no such file"),
     (("--target", None), "--target NAME, or --ask QUESTION: one of them"),
     (("--ask", "Who?"), "--target NAME, or --ask QUESTION: one of them"),
+    (("--target", None, "--ask", "Who?", "--json", "said.json"), "--json: holds scores, for --target"),
+    (("--rwku", "sample", "--target", "Warren Buffett", "--sets", "mmlu"), "retain_mmlu.json: no such file; choose other --sets"),
+    (("--model", "smollm2"), "smollm2: no such folder; a hub id is OWNER/NAME, and pip has smollm2-135m-instruct,"),
+    (("--model", ""), "a model without a name: no such folder"),
     (("--model", "./nowhere", "--target", None, "--ask", "Who?"), "no such folder")])
 def test_bad_input(arguments, capsys, change, message):
     if "cuda" in change and torch.cuda.is_available():

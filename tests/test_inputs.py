@@ -368,12 +368,19 @@ def test_pip_is_asked_for_where_there_is_none_and_puts_nothing_into_the_user_s_f
 
 # ---- rows
 
+CHOICE = {"question": "q", "choices": list("abcd"), "answer": 1}
+
+
 @pytest.mark.parametrize("file, row, message", [
     ("triviaqa", {"question": "q", "answers": "birds"}, "needs a list of texts in field 'answers', not 'birds'"),
     ("triviaqa", {"question": "q", "answers": [1850]}, "needs a list of texts in field 'answers', not [1850]"),
-    ("retain_mmlu", {"question": "q", "choices": list("abcd"), "answer": "B", "task": "t", "examples": [{}]},
-     "needs a whole number in field 'answer', not 'B'"),
-    ("retain_mmlu", {"question": "q", "choices": "abcd", "answer": 1, "task": "t", "examples": [{}]}, "in field 'choices'"),
+    ("triviaqa", {"question": "q", "answers": [{"a": 1}]}, "needs a list of texts in field 'answers', not [{'a': 1}]"),
+    *(("retain_mmlu", CHOICE | {"answer": answer, "task": "t", "examples": [CHOICE]},
+       f"needs a whole number from 0 to 3 in field 'answer', not {answer!r}") for answer in ("B", -1, 4, 1.0)),
+    ("retain_mmlu", CHOICE | {"choices": "abcd", "task": "t", "examples": [CHOICE]}, "in field 'choices'"),
+    *(("retain_mmlu", CHOICE | {"task": "t", "examples": [CHOICE, example]},
+       "needs a list of rows with question, choices, answer in field 'examples'")
+      for example in ("x", {}, CHOICE | {"answer": 9})),
     ("forget_level1", {"query": "q", "answer": 1850}, "needs text in field 'answer', not 1850"),
     ("forget_level1", {"query": "q", "answer": "  "}, "has nothing in field 'answer'"),
     ("intro", {"target": 5}, "needs text in field 'target', not 5"),

@@ -177,6 +177,10 @@ def spoil(file: Path) -> None:
     torch.save(saved, file)
 
 
+def set_target(file: Path, target) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target": target}))
+
+
 @pytest.fixture(scope="module")
 def once_cut(folders, tmp_path_factory):
     """A run that was killed after its first alignment: to be copied."""
@@ -192,6 +196,7 @@ def once_cut(folders, tmp_path_factory):
     (lambda file: file.write_bytes(b""), "", "damaged checkpoint"),
     (lambda file: flip(file, 0.0), "", "is another"), (lambda file: flip(file, 0.8), "", "is another"),
     (lambda file: save_file({"a": torch.zeros(1)}, file), "", "damaged checkpoint"),
+    (lambda file: set_target(file.with_name("config.json"), 5), "", "holds no run"),
     (spoil, "", "weights of another model (model.layers.9.mlp.weight)"),
     (lambda file: None, "--seed 7", "another --seed (0, not 7)"),
     (lambda file: None, "--length 20", "another --length"),

@@ -19,7 +19,7 @@ def words(text):
 
 def texts():
     """Everything that a run of any method trains on."""
-    fields = {"positive": data.TEXT, "passage": data.TEXT, "pair": {"prompt": str, "response": list},
+    fields = {"positive": data.TEXT, "passage": data.TEXT, "pair": {"prompt": str, "response": [str]},
               "reject": {"instruction": str, "output": str}}
     rows = [row for name in NAMES for kind in fields for row in data.read_set(ROOT, name, kind, fields[kind])]
     written = [row.get("text") or "\n".join(row.get("response") or [row["instruction"], row["output"]])

@@ -253,7 +253,7 @@ def logits(llm, input_ids: Tensor, config: Config) -> Tensor:
 # ------------------------------------------------------------------------------- their texts
 
 # What rt and dpo learn from: RWKU's file, and its fields.
-ANSWERS = {"rt": ("reject", {"instruction": str, "output": str}), "dpo": ("pair", {"prompt": str, "response": list})}
+ANSWERS = {"rt": ("reject", {"instruction": str, "output": str}), "dpo": ("pair", {"prompt": str, "response": [str]})}
 
 
 def forget_and_other_texts(work: train.Work, config: Config):

@@ -82,7 +82,7 @@ def test_every_method_on_tokens_runs_from_end_to_end(main, folders, tmp_path, me
 
 def test_dpo_makes_the_made_up_answers_likelier_than_the_true_ones(main, folders, tmp_path):
     assert main(*TOKENS, "--method", "dpo", "--no-bf16") == 0
-    rows = data.read_set(folders["rwku"], "Ada Lark", "pair", {"prompt": str, "response": list})
+    rows = data.read_set(folders["rwku"], "Ada Lark", "pair", {"prompt": str, "response": [str]})
 
     def margin(place):
         llm, tokenizer = data.load_llm(str(place))

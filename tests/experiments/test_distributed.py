@@ -105,7 +105,7 @@ def test_one_process_on_a_card_has_the_losses_of_the_cpu_s(card, start, plain, t
 
 
 def test_the_gradients_of_two_processes_are_averaged(start, plain, tmp_path):
-    flags = "--optimizer sgd --llm-lr 0.1 --clip 100".split()
+    flags = "--optimizer sgd --llm-lr 0.01 --clip 100".split()
     codes, said = start(2, *flags, ALIKE="1")
     assert codes == [0, 0], said
     assert_alike(plain(*flags), tmp_path / "run")

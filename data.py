@@ -365,8 +365,8 @@ def read_rows(file: Path, fields: dict) -> list[dict]:
 
 
 def fault(row, fields: dict) -> str:
-    """What is wrong with a row, or "". fields: name -> kind; kinds are types, a range of whole numbers, [str]
-    for texts, and [fields] for rows that have these."""
+    """What is wrong with a row, or "". fields: name -> kind; kinds are str, dict, a range of whole numbers,
+    [str] for texts, and [fields] for rows that have these."""
     for field, kind in fields.items():
         value = row.get(field) if isinstance(row, dict) else None
         if value in (None, []) or (isinstance(value, str) and not value.strip()):
@@ -374,13 +374,14 @@ def fault(row, fields: dict) -> str:
         if isinstance(kind, range):
             right = isinstance(value, int) and value in kind
             what = f"a whole number from {kind[0]} to {kind[-1]}"
+        elif kind == [str]:
+            right = isinstance(value, list) and all(isinstance(part, str) for part in value)
+            what = "a list of texts"
         elif isinstance(kind, list):
-            what = "a list of texts" if kind == [str] else f"a list of rows with {', '.join(kind[0])}"
-            right = isinstance(value, list) and all(
-                isinstance(part, str) if kind == [str] else not fault(part, kind[0]) for part in value)
+            right = isinstance(value, list) and not any(fault(part, kind[0]) for part in value)
+            what = f"a list of rows with {', '.join(kind[0])}"
         else:
-            what = {str: "text", int: "a whole number", dict: "an object"}[kind]
-            right = isinstance(value, kind)
+            right, what = isinstance(value, kind), {str: "text", dict: "an object"}[kind]
         if not right:
             return f"needs {what} in field {field!r}, not {value!r:.40}"
     return ""

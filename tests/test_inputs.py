@@ -185,7 +185,8 @@ def test_an_encoder_whose_weights_are_not_there_is_refused(change, folders, word
     assert not (tmp_path / "run").exists()
 
 
-def test_an_encoder_s_settings_and_tokens_are_in_the_cache_s_key(folders, tmp_path):
+def test_an_encoder_s_settings_and_tokens_are_in_the_cache_s_key(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "fast_dtype", lambda device: torch.float32)
     found = []
     for n, (file, change) in enumerate([
             ("config.json", lambda old: old), ("config.json", lambda old: old | {"hidden_act": "relu"}),
@@ -200,7 +201,8 @@ def test_an_encoder_s_settings_and_tokens_are_in_the_cache_s_key(folders, tmp_pa
     assert not any(torch.allclose(found[0], other) for other in found[1:])
 
 
-def test_what_shapes_an_embedding_is_in_the_cache_s_key(folders, tmp_path):
+def test_what_shapes_an_embedding_is_in_the_cache_s_key(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "fast_dtype", lambda device: torch.float32)
     changes = ({}, {"prompts": {"q": "query: "}, "default_prompt_name": "q"},
                {"prompts": {"q": "Elm sea "}, "default_prompt_name": "q"})
     found = []

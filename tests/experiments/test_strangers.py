@@ -372,7 +372,7 @@ def test_e_is_aligned_on_the_m_that_reads_a_stranger(main, monkeypatch):
     monkeypatch.setattr(atu, "align", align)
     monkeypatch.setattr(atu, "unlearn", stop)
     monkeypatch.setattr(strangers, "read_as_stranger", stranger)
-    assert main("--stranger-steps", "1") == 130
+    assert main("--stranger-steps", "1", "--no-bf16") == 130
 
 
 def test_where_no_name_fits_a_run_goes_on_without(main, tmp_path, capsys):

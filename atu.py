@@ -153,14 +153,17 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
             return last
 
 
-def unfreeze(llm: nn.Module, layer: int, embeddings: bool = False) -> list[nn.Parameter]:
-    """Freezes M, but for what shall move of θ_M: blocks 1..layer, in fp32, and with `embeddings` the input
-    embedding too, as in the paper (where M ties it to the LM head, that moves with it). Returns what moves.
+def unfreeze(llm: nn.Module, layer: int, embeddings=False, mlp_only=False) -> list[nn.Parameter]:
+    """Freezes M, but for what shall move of θ_M: blocks 1..layer, and with `embeddings` the input embedding
+    too, as in the paper (where M ties it to the LM head, that moves with it). With `mlp_only`, ours, of the
+    blocks their feed-forward parts (`.mlp`) alone. Returns what moves.
 
-    What is frozen keeps its dtype; but the input embedding is fp32 in any case, for the residual stream.
+    These blocks become fp32, and so does the input embedding, for the residual stream. All else keeps its
+    dtype.
     """
     decoder = llm.requires_grad_(False).get_decoder()
-    decoder.layers[:layer].float().requires_grad_(True)
+    for block in decoder.layers[:layer].float():
+        (block.mlp if mlp_only else block).requires_grad_(True)
     decoder.get_input_embeddings().float().requires_grad_(embeddings)
     return [parameter for parameter in llm.parameters() if parameter.requires_grad]
 

@@ -77,6 +77,7 @@ class Config:
     length: int = option(80, "T: tokens of a text", 16)
     window: int = option(8, "k: tokens in a future window", 1)
     layer: int = option(10, "the block whose output is h_t; blocks 1 to this one move", 1)
+    mlp_only: bool = option(True, "of these blocks only the feed-forward parts move (ours, not the paper's)")
     train_embeddings: bool = option(False, "move the input embedding too (the paper's theta_M)")
     head_depth: int = option(2, "blocks of E", 1)
     head_width: int = option(256, "width of E, a multiple of its 8 heads", 8)
@@ -122,8 +123,9 @@ PRESETS = {"smol": {}, "phi3": dict(  # the authors' settings, as read from thei
     model="microsoft/Phi-3-mini-4k-instruct", encoder="sentence-transformers/all-mpnet-base-v2", rwku="hub",
     corpus="positive_phi", others=3, target_texts=582, other_texts=582, length=256, layer=29, head_depth=6,
     head_width=768, batch=16, align_batch=16, align_steps=15_000, realign_steps=1000, unlearn_steps=1000,
-    taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), train_embeddings=True, retain_weight=0.0,
-    optimizer="sgd", llm_lr=3e-4, head_lr=1e-4, stop_at=0.0, sets=("forget", "neighbor", "mmlu"))}
+    taus=(0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2), mlp_only=False, train_embeddings=True,
+    retain_weight=0.0, optimizer="sgd", llm_lr=3e-4, head_lr=1e-4, stop_at=0.0,
+    sets=("forget", "neighbor", "mmlu"))}
 PRESETS["phi3-24gb"] = PRESETS["phi3"] | dict(layer=10, checkpointing=True, eval_batch=16)  # Sec. 4.5
 MEMORY = {"phi3": 60, "phi3-24gb": 22}  # GB of a GPU that must be free; peaks are 42 and 18 (simulated)
 # What a resumed run may change: it changes nothing in results, but for rounding.
@@ -242,6 +244,8 @@ def open_llm(config: Config):
     if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
         raise data.BadInput(f"--model {config.model}: {type(llm).__name__} has no decoder with .layers and "
                             ".norm; take one of Llama's or Phi-3's kind")
+    if config.mlp_only and not hasattr(decoder.layers[0], "mlp"):
+        raise data.BadInput(f"--model {config.model}: its blocks have no .mlp; give --no-mlp-only")
     if config.lora > (width := llm.config.get_text_config().hidden_size):
         raise data.BadInput(f"--lora {config.lora}: above the model's width, {width}")
     if config.device == "cpu":
@@ -292,7 +296,7 @@ def begin(work: Work, config: Config, embedded: tuple[data.Corpus, Tensor] | Non
     llm = prepare(work.llm, config, config.layer)
     corpus, concept = embedded or embed_texts(work, config)
     if not config.lora:
-        atu.unfreeze(llm, config.layer, config.train_embeddings)
+        atu.unfreeze(llm, config.layer, config.train_embeddings, config.mlp_only)
     with torch.random.fork_rng():  # E is drawn from `seed` alone
         torch.manual_seed(config.seed)
         width = llm.config.get_text_config().hidden_size

@@ -64,7 +64,7 @@ def make_models(shape: str, config: train.Config, device: str):
     if device == "cpu":
         llm.set_attn_implementation("eager")
     if not config.lora:
-        atu.unfreeze(llm, config.layer, config.train_embeddings)
+        atu.unfreeze(llm, config.layer, config.train_embeddings, config.mlp_only)
     return llm, head
 
 

@@ -135,7 +135,7 @@ def begin(work: train.Work, config: Config):
     llm = train.prepare(work.llm, config, config.layer)
     corpus, concept = train.embed_texts(work, config)
     if not config.lora:
-        atu.unfreeze(llm, config.layer, config.train_embeddings)
+        atu.unfreeze(llm, config.layer, config.train_embeddings, config.mlp_only)
     torch.manual_seed(config.seed)
     width = llm.config.get_text_config().hidden_size
     head = EmbeddingHead(width, len(concept), config.head_depth, config.head_width)

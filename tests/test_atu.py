@@ -49,7 +49,7 @@ def make_head(seed=0):
 
 def start(llm, config=CONFIG):
     """A run's state before its first stage."""
-    atu.unfreeze(llm, config.layer, config.train_embeddings)
+    atu.unfreeze(llm, config.layer, config.train_embeddings, config.mlp_only)
     head = make_head(config.seed)
     head_optimizer = torch.optim.Adam(head.parameters(), lr=config.head_lr)
     return atu.State(llm, head, train.llm_optimizer(llm, config), head_optimizer)
@@ -138,20 +138,22 @@ def test_all_hidden_states_are_those_of_the_texts_in_their_order_without_gradien
     assert atu.all_hidden_states(llm, ids, 2, 3, keep_on="meta").device.type == "meta"
 
 
-@pytest.mark.parametrize("embeddings, tied", [(False, False), (True, False), (True, True)])
-def test_what_moves_is_fp32_and_what_is_frozen_keeps_its_dtype(embeddings, tied):
+@pytest.mark.parametrize("embeddings, tied, mlp_only", [
+    (False, False, False), (True, False, False), (True, True, False), (False, False, True), (True, True, True)])
+def test_what_moves_is_fp32_and_what_is_frozen_keeps_its_dtype(embeddings, tied, mlp_only):
     llm = make_llm().bfloat16()
     if tied:
         llm.config.tie_word_embeddings = True
         llm.lm_head.weight = llm.model.embed_tokens.weight
-    chosen = atu.unfreeze(llm, 2, embeddings)
+    chosen = atu.unfreeze(llm, 2, embeddings, mlp_only)
     named = dict(llm.named_parameters())
-    movable = {name for name in named if name.startswith(("model.layers.0.", "model.layers.1."))}
+    blocks = {name for name in named if name.startswith(("model.layers.0.", "model.layers.1."))}
+    movable = {name for name in blocks if ".mlp." in name or not mlp_only}
     movable |= {"model.embed_tokens.weight"} if embeddings else set()
     assert {name for name, parameter in named.items() if parameter.requires_grad} == movable
     assert {id(parameter) for parameter in chosen} == {id(named[name]) for name in movable}
     fp32 = {name for name, parameter in named.items() if parameter.dtype == torch.float32}
-    assert fp32 == movable | {"model.embed_tokens.weight"}  # what the blocks add to is fp32 in any case
+    assert fp32 == blocks | {"model.embed_tokens.weight"}  # what the blocks add to is fp32 in any case
     assert (llm.lm_head.weight is llm.model.embed_tokens.weight) == tied
 
 
@@ -195,9 +197,9 @@ def test_a_text_s_reference_is_the_embedding_of_what_comes_next(tokenizer, encod
 
 # ---- Eq. 4
 
-@pytest.mark.parametrize("embeddings", [False, True])
-def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corpus, concept, embeddings):
-    state = start(llm, dataclasses.replace(CONFIG, train_embeddings=embeddings))
+@pytest.mark.parametrize("embeddings, mlp_only", [(False, False), (True, False), (False, True)])
+def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corpus, concept, embeddings, mlp_only):
+    state = start(llm, dataclasses.replace(CONFIG, train_embeddings=embeddings, mlp_only=mlp_only))
     align(state, corpus, 40)
     corpus = with_original(corpus, llm)
     before_llm, before_head, before = weights(llm), weights(state.head), similarity(state, concept, corpus)
@@ -205,6 +207,7 @@ def test_unlearning_moves_the_first_blocks_alone_and_lowers_the_cosine(llm, corp
     assert moved(before_head, state.head) == set()
     assert all(parameter.grad is None for parameter in state.head.parameters())
     allowed = {name for name in before_llm if name.startswith(("model.layers.0.", "model.layers.1."))}
+    allowed = {name for name in allowed if ".mlp." in name or not mlp_only}
     if embeddings:
         allowed.add("model.embed_tokens.weight")
     assert moved(before_llm, llm) == allowed

@@ -464,6 +464,21 @@ def test_a_decoder_of_another_kind_is_bad_input(arguments, folders, capsys, tmp_
     AutoTokenizer.from_pretrained(folders["llm"]).save_pretrained(tmp_path / "neox")
     assert train.main([*arguments("--model", str(tmp_path / "neox")), *SMALL]) == 2
     assert "GPTNeoXForCausalLM has no decoder with .layers and .norm" in last_error(capsys)
+
+
+def test_blocks_without_an_mlp_are_bad_input_unless_they_move_whole(arguments, capsys, tmp_path, monkeypatch):
+    real = data.load_llm
+
+    def renamed(*a):
+        llm, tokenizer = real(*a)
+        for block in llm.get_decoder().layers:
+            del block._modules["mlp"]
+        return llm, tokenizer
+
+    monkeypatch.setattr(data, "load_llm", renamed)
+    assert train.main([*arguments(), *SMALL]) == 2
+    assert "its blocks have no .mlp; give --no-mlp-only" in last_error(capsys) and not (tmp_path / "run").exists()
+    train.open_llm(train.parse(train.Config, [*arguments(), *SMALL, "--no-mlp-only"]))
     assert not (tmp_path / "run").exists()
 
 
@@ -601,12 +616,13 @@ def test_align_then_unlearn_by_adapters_moves_blocks_1_to_layer_alone(arguments,
     assert scores_of(run / "model", folders, ["forget"])[0] == outcome(run)[0]["after"]
 
 
-@pytest.mark.parametrize("flags", [["--train-embeddings"], ["--optimizer", "sgd", "--llm-lr", "1"]])
-def test_the_input_embedding_moves_if_asked_for(arguments, folders, tmp_path, flags):
+@pytest.mark.parametrize("flags", [["--train-embeddings"], ["--optimizer", "sgd", "--llm-lr", "1"], ["--no-mlp-only"]])
+def test_what_moves_is_what_was_asked_for(arguments, folders, tmp_path, flags):
     assert train.main([*arguments(), *SHORT, *flags]) == 0
     moved = changes(folders, tmp_path / "run")
     assert ("model.embed_tokens.weight" in moved) == (flags[0] == "--train-embeddings")
-    assert len(moved) > 5
+    assert any(".mlp." in name for name in moved) and any(".self_attn." in name for name in moved) == (
+        flags[0] == "--no-mlp-only")
     assert all(name.startswith(("model.layers.0.", "model.layers.1.", "model.embed")) for name in moved)
 
 
@@ -791,7 +807,7 @@ def test_settings_are_the_preset_s_where_the_command_line_is_silent():
     paper = settings("phi3")
     assert (paper.optimizer, paper.llm_lr, paper.layer) == ("sgd", 3e-4, 29)
     assert paper.retain_weight == paper.stop_at == 0
-    assert paper.train_embeddings and paper.sets == ("forget", "neighbor", "mmlu") and paper.rwku == "hub"
+    assert paper.train_embeddings and not paper.mlp_only and paper.sets == ("forget", "neighbor", "mmlu") and paper.rwku == "hub"
     small = settings("phi3-24gb")
     assert (small.layer, small.checkpointing, small.eval_batch) == (10, True, 16)
     assert small == dataclasses.replace(paper, preset="phi3-24gb", layer=10, checkpointing=True, eval_batch=16)

@@ -15,7 +15,7 @@ from experiments import distributed
 RUN = ("--preset smol --device cpu --length 24 --batch 2 --align-batch 2 --log-every 1 --llm-lr 1e-3 "
        "--no-bf16 --window 4 --layer 2 --head-depth 1 --head-width 32 --align-steps 4 --realign-steps 2 "
        "--taus 0.2 -0.5 --unlearn-steps 3 --stop-at 0 --sets general").split()
-OTHER = "--train-embeddings --optimizer sgd --llm-lr 0.1 --retain-weight 0 --cache host"
+OTHER = "--no-mlp-only --train-embeddings --optimizer sgd --llm-lr 0.1 --retain-weight 0 --cache host"
 
 
 def main(words: list[str]) -> int:
@@ -117,7 +117,7 @@ def test_two_processes_draw_batches_of_their_own_and_end_a_stage_together(start,
     assert codes == [0, 0] and not said[1], said
     untouched, (after, _) = load_file(folders["llm"] / "model.safetensors"), weights(tmp_path / "run")
     moved = {name for name in after if not torch.equal(after[name], untouched[name])}
-    assert moved == {name for name in untouched if name.startswith(("model.layers.0.", "model.layers.1."))}
+    assert moved == {name for name in untouched if name.startswith(("model.layers.0.mlp.", "model.layers.1.mlp."))}
     assert log(plain(*flags))[1]["loss"] != log(tmp_path / "run")[1]["loss"]
     active = [record["active"] for record in log(tmp_path / "run") if record["kind"] == "unlearn"]
     assert 3 < len(active) < 60 and active[-1] <= 0.3 and all(share > 0.3 for share in active[2:-1])

@@ -512,8 +512,8 @@ def load_checkpoint(out: Path, work: Work, state: atu.State) -> dict | None:
 
 
 def save_model(out: Path, work: Work, state: atu.State, config: Config, card: str) -> None:
-    """model/ (blocks 1 to layer and the embedding in fp32, the rest as in its file, adapters merged into it) and
-    head.safetensors, each whole or not at all."""
+    """model/ (blocks 1 to layer and the embedding in fp32, the rest as in its file, adapters merged into it)
+    and head.safetensors, each whole or not at all."""
     partial = out / ".model"
     (state.llm.merge_and_unload() if config.lora else state.llm).save_pretrained(partial)
     work.tokenizer.save_pretrained(partial)

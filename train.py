@@ -111,7 +111,7 @@ class Config:
     def usual(cls, given: dict) -> dict:
         """What stands in place of the defaults above, by what is `given`: a preset, LoRA's learning rate."""
         lora = {"llm_lr": 1e-3 if given["preset"] == "smol" else 1e-4, "optimizer": "adamw",
-                "train_embeddings": False}
+                "train_embeddings": False, "mlp_only": False}  # the adapters move alone
         return PRESETS[given["preset"]] | (lora if given.get("lora") else {})
 
     def folder(self) -> str:
@@ -164,7 +164,7 @@ def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
 
 def check(config: Config) -> None:
     """Raises data.BadInput for the first setting that is out of its range."""
-    if not re.search(r"\w", config.target):
+    if not slug(config.target):
         raise data.BadInput("--target NAME: whom shall the model forget?")
     if config.head_width % 8:
         raise data.BadInput(f"--head-width {config.head_width}: must be a multiple of 8, the number of heads")
@@ -315,7 +315,7 @@ def original_states(llm, corpus: data.Corpus, config: Config) -> Tensor | None:
 
 
 def embed_texts(work: Work, config: Config) -> tuple[data.Corpus, Tensor]:
-    """The texts with their windows' embeddings, and e_unlearn (E,)."""
+    """The texts with their windows' embeddings, and e_unlearn (C,)."""
     encoder = data.load_encoder(config.encoder, config.device)
     corpus = data.make_corpus(work.about, work.others, work.tokenizer, encoder, config.window, config.length)
     if config.cache == "device":
@@ -326,7 +326,7 @@ def embed_texts(work: Work, config: Config) -> tuple[data.Corpus, Tensor]:
 
 
 def embed_concept(target: str, describe: str, encoder) -> Tensor:
-    """e_unlearn, (E,): the embedding of the target's name (Sec. 2.2), with what --describe says of it."""
+    """e_unlearn, (C,): the embedding of the target's name (Sec. 2.2), with what --describe says of it."""
     described = f"{target}, {describe}" if describe else target
     if (tokens := len(encoder.tokenizer.encode(described))) > encoder.max_seq_length:
         print(f"data | --describe: of {tokens} tokens the encoder reads the first {encoder.max_seq_length}")
@@ -354,13 +354,13 @@ def run(config: Config, begin=begin, score=score, enough=enough) -> dict:
     enough: (what was found so far, config) -> whether to stop. Raises data.BadInput."""
     with claimed(out := Path(config.out), config):
         if (out / "results.json").exists():
-            print(f"resumed | {out}: finished already")
-            return json.loads((out / "results.json").read_text(encoding="utf-8"))
+            return finished_already(out)
         began, work = time.perf_counter(), load(config)
         state, records = begin(work, config)  # M is untouched here, also where a run goes on
         work = work._replace(llm=state.llm)
-        found = load_checkpoint(out, work, state)
-        if not found:
+        if found := load_checkpoint(out, work, state):
+            print(f"resumed | stage {state.stage} | {found['seconds']:.0f} s so far", flush=True)
+        else:
             scores, asked = score(work, config)
             found = {"before": scores, "asked_before": asked, "after": scores, "asked_after": asked,
                      "stages": [], "log": [], "stopped": None, "seconds": 0.0}
@@ -459,6 +459,16 @@ def check_settings(out: Path, config: Config) -> None:
                                 "; name another with --out")
 
 
+def finished_already(out: Path) -> dict:
+    """What `finish` returned once. Raises data.BadInput for a damaged file."""
+    print(f"resumed | {out}: finished already")
+    try:
+        results = json.loads((file := out / "results.json").read_text(encoding="utf-8"))
+        return results | {"stopped": results["stopped"]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise data.BadInput(f"{file}: damaged ({error}); delete it, or name another with --out") from error
+
+
 def parts(state: atu.State) -> dict:
     """What a checkpoint keeps of a state beside what moves in M: head and optimizers, if there are any."""
     return {name: part for name, part in vars(state).items() if name != "llm" and hasattr(part, "state_dict")}
@@ -506,9 +516,8 @@ def load_checkpoint(out: Path, work: Work, state: atu.State) -> dict | None:
     unknown = state.llm.load_state_dict(saved["llm"], strict=False).unexpected_keys  # the frozen are missing
     if unknown:
         raise data.BadInput(f"{file}: weights of another model ({unknown[0]}); name another --out")
-    state.stage, found = saved["stage"], saved["found"]
-    print(f"resumed | stage {state.stage} | {found['seconds']:.0f} s so far", flush=True)
-    return found
+    state.stage = saved["stage"]
+    return saved["found"]
 
 
 def save_model(out: Path, work: Work, state: atu.State, config: Config, card: str) -> None:
@@ -609,8 +618,11 @@ def report(found: dict) -> None:
     rows |= {"after": after} if found["stopped"] else {}
     rows["left, %"] = {name: 100 * after[name] / before[name] for name in before if before[name]}
     print("\n" + evaluate.scores_table(rows))
-    for kind, name in (("exact", "forget_qa"), ("rephrased", "forget_aa"), ("other concept", "neighbor_qa")):
-        asked = [pair for pair in zip(found["asked_before"], found["asked_after"]) if pair[0]["set"] == name]
+    shown = {"exact": ("forget_qa",), "rephrased": ("forget_aa", "synonym manipulation"),  # one of nine kinds
+             "other concept": ("neighbor_qa",)}
+    for kind, (name, *types) in shown.items():
+        asked = [(was, now) for was, now in zip(found["asked_before"], found["asked_after"])
+                 if was["set"] == name and (not types or was.get("type") in types)]
         for was, now in sorted(asked, key=lambda pair: pair[0]["score"], reverse=True)[:1]:  # the best known
             print(f"{kind}\n  Q: {was['query']}\n  before: {' '.join(was['said'].split())}\n"
                   f"  after:  {' '.join(now['said'].split())}")

@@ -125,7 +125,8 @@ ALL = {"phi3": {"length": 512, "unlearn_steps": 0}, "smol": {"length": 96, "unle
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    """Everything a run depends on. What train.py alone reads (E, windows, layer, taus) does nothing here."""
+    """Everything a run depends on. What train.py alone reads (E, windows, layer, taus, --mlp-only,
+    --train-embeddings, --max-active) does nothing here."""
 
     method: str = option("npo", "icu, ga (GA*: with --corpus passage), npo, dpo, rt",
                          among=("icu", "ga", "npo", "dpo", "rt"))
@@ -143,7 +144,7 @@ class Config(train.Config):
         star = "*" if method == "ga" and given.get("corpus") == "passage" else ""
         own = OWN[preset].get(method + star + " lora" * bool(given.get("lora")), (0.0, 8, 1))  # icu has none
         return super().usual(given) | ALL[preset] | dict(zip(("llm_lr", "batch", "stages"), own)) | {
-            "optimizer": "adamw", "retain_weight": 1.0, "beta": 0.2 if method == "npo" else 0.1}
+            "optimizer": "adamw", "mlp_only": False, "retain_weight": 1.0, "beta": 0.2 if method == "npo" else 0.1}
 
     def folder(self) -> str:
         return f"{super().folder()}-{self.method}"

@@ -132,7 +132,7 @@ def alignment(llm, head, optimizer, ids, shape: str, config: train.Config):
     index = torch.arange(N * T).view(N, T)
     valid = (torch.arange(T) + config.window < T).expand(N, T)
     kept = "cpu" if config.cache == "host" else llm.device
-    table = normalize(torch.randn(N * T, SHAPES[shape][2][0]), dim=-1).to(kept)             # (U, E)
+    table = normalize(torch.randn(N * T, SHAPES[shape][2][0]), dim=-1).to(kept)             # (U, C)
     return atu.align(llm, head, optimizer, ids, lambda rows: table[index[rows]], valid, layer=config.layer,
                      steps=10**9, batch=config.align_batch, bf16=config.bf16, log_every=1)
 
@@ -140,7 +140,7 @@ def alignment(llm, head, optimizer, ids, shape: str, config: train.Config):
 def unlearning(llm, head, optimizer, ids, shape: str, config: train.Config):
     """(endless records of `atu.unlearn`, one a step, on the first half of texts (N, T); concept; retain)."""
     half, everywhere = len(ids) // 2, torch.ones(ids.shape, dtype=torch.bool)               # (N, T)
-    concept = normalize(torch.randn(SHAPES[shape][2][0]), dim=0).to(llm.device)             # (E,)
+    concept = normalize(torch.randn(SHAPES[shape][2][0]), dim=0).to(llm.device)             # (C,)
     before = atu.all_hidden_states(llm, ids[half:], config.layer, config.batch, config.bf16)  # (N / 2, T, D)
     retain = (ids[half:], everywhere[half:], before) if config.retain_weight else None
     ours = atu.unlearn(llm, head, optimizer, ids[:half], everywhere[:half], concept, -1.0, retain,
@@ -188,7 +188,7 @@ def straightforward_alignment(llm, head, optimizer, ids, encoder, tokenizer, con
             states = llm(ids.to(llm.device), output_hidden_states=True, use_cache=False).hidden_states
             reference = encoder.encode(texts, batch_size=len(texts), convert_to_tensor=True,
                                        normalize_embeddings=True, show_progress_bar=False)
-        predicted = head(states[config.layer]).float()[:, :windows.shape[1]]                # (B, T - k, E)
+        predicted = head(states[config.layer]).float()[:, :windows.shape[1]]                # (B, T - k, C)
     valid = torch.ones(windows.shape[:2], dtype=torch.bool, device=llm.device)              # (B, T - k)
     descend(alignment_loss(predicted, reference.float().view_as(predicted), valid), optimizer, config)
 
@@ -199,7 +199,7 @@ def straightforward_unlearning(llm, head, optimizer, ids, concept, retain, confi
     ids = torch.cat([ids, retain[0][:B]] if retain else [ids]).to(llm.device)               # (B or 2B, T)
     with atu.autocast(llm.device, config.bf16):
         hidden = llm(ids, output_hidden_states=True, use_cache=False).hidden_states[config.layer]
-        predicted = head(hidden[:B]).float()                                                # (B, T, E)
+        predicted = head(hidden[:B]).float()                                                # (B, T, C)
     loss = unlearning_loss(predicted, concept, real, -1.0)
     if retain:
         loss = loss + config.retain_weight * retain_loss(hidden[B:].float(), retain[2][:B].float(), real)
@@ -248,7 +248,7 @@ def simulated_peak(shape: str, config: train.Config) -> int:
         for _ in range(2):
             with atu.autocast(ids.device, config.bf16):
                 hidden = atu.hidden_states(llm, ids, config.layer)                          # (B or 2B, T, D)
-                predicted = head(hidden[:config.batch]).float()                             # (B, T, E)
+                predicted = head(hidden[:config.batch]).float()                             # (B, T, C)
             descend(torch.relu(cosine(predicted, concept) + 1).mean(), optimizer, config)
             del hidden, predicted
     return memory.peak

@@ -53,6 +53,8 @@ def read_run(folder: Path) -> dict:
         settings = {key: value for key, value in run["settings"].items() if key not in FREE}
         if "inactive" in settings:  # older runs'; their `texts` were a number
             settings |= {"max_active": settings.pop("inactive"), "target_texts": settings.pop("texts")}
+        if settings.get("method", "atu") == "atu":
+            settings.setdefault("mlp_only", False)  # before there was the option, blocks moved whole
         settings |= {"target": run["target"], "seed": settings["seed"]}
         return run | {"file": file, "method": method_name(settings), "settings": settings}
     except FileNotFoundError as error:

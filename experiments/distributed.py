@@ -177,7 +177,7 @@ def alternate(state: atu.State, concept: torch.Tensor, corpus: data.Corpus, reta
                 record["tau"], retain, steps=config.unlearn_steps, batch=config.batch,
                 retain_weight=config.retain_weight, max_active=-1.0, **how)  # never ends by itself
             last = yield from agreed(unlearning, config.unlearn_steps, passed, stage, config)
-            steps, record["drift"] = last["step"], last["retain"] if retain else None
+            steps, record["drift"] = last["step"], last["drift"] if retain else None
         most = config.realign_steps if stage else config.align_steps
         aligning = atu.align(                                                                        # Eq. 2
             llm, head, state.head_optimizer, corpus.input_ids, corpus.reference, corpus.valid, steps=most,

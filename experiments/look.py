@@ -63,7 +63,7 @@ def look(folder: Path, texts: list[str], device: str) -> list[tuple[list[str], T
     """Of each text its tokens and the similarities by ROWS, (4, T). Raises data.BadInput."""
     config, results = read_run(folder)
     encoder, found = data.load_encoder(config.encoder, device), {}
-    concept = train.embed_concept(results["target"], config.describe, encoder).to(device)        # (E,)
+    concept = train.embed_concept(results["target"], config.describe, encoder).to(device)        # (C,)
     for unlearned, name in ((False, config.model), (True, str(folder / "model"))):
         llm, tokenizer = data.load_llm(name, device)
         heads, tokens, width = {}, {}, llm.config.get_text_config().hidden_size

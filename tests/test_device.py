@@ -61,11 +61,11 @@ def value_and_gradients(name: str, device: str, bf16: bool) -> list[torch.Tensor
     """Of a loss of E's predictions, by E's weights and its input."""
     torch.manual_seed(0)
     head, mask = EmbeddingHead(24, 16, 2, 32), torch.rand(3, 9) > 0.3                    # (B, T)
-    hidden, other = torch.randn(3, 9, 24), torch.randn(3, 9, 16)                         # (B, T, D), (B, T, E)
+    hidden, other = torch.randn(3, 9, 24), torch.randn(3, 9, 16)                         # (B, T, D), (B, T, C)
     head, hidden, other, mask = (part.to(device) for part in (head, hidden, other, mask))
     hidden.requires_grad_()
     with atu.autocast(torch.device(device), bf16):
-        predicted = head(hidden).float()                                                 # (B, T, E)
+        predicted = head(hidden).float()                                                 # (B, T, C)
     loss = LOSSES[name](predicted, other, mask)
     loss.backward()
     return [part.detach().cpu() for part in (loss, hidden.grad, *(p.grad for p in head.parameters()))]

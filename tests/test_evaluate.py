@@ -420,6 +420,7 @@ def test_own_probes_stand_in_the_place_of_those_on_the_target(arguments, folders
     (("--device", "cuda"), "not on this machine"), (("--device", "toaster"), "not on this machine"),
     (("--batch", "0"), "at least 1"), (("--probes", "nowhere.json"), "no such file"),
     (("--target", None), "--target NAME, or --ask QUESTION: one of them"),
+    (("--target", None, "--ask", "Who?| "), "--ask: a question is empty"),
     (("--ask", "Who?"), "--target NAME, or --ask QUESTION: one of them"),
     (("--target", None, "--ask", "Who?", "--json", "said.json"), "--json: holds scores, for --target"),
     (("--rwku", "sample", "--target", "Warren Buffett", "--sets", "mmlu"), "retain_mmlu.json: no such file; choose other --sets"),

@@ -15,7 +15,7 @@ taus = st.floats(-1, 1)
 
 
 def draw(shape, seed, mask_share=0.7):
-    """Two float64 tensors (B, T, E), a concept (E,) and a mask (B, T)."""
+    """Two float64 tensors (B, T, C), a concept (C,) and a mask (B, T)."""
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
     concept = torch.randn(shape[-1], dtype=torch.float64, generator=generator)

@@ -190,20 +190,25 @@ def test_the_end_of_the_log_shows_what_is_left_and_what_was_answered(finished, a
     row, = (line for line in shown.splitlines() if line.startswith("left, %"))
     assert sorted(row.removeprefix("left, %").replace("-", " ").split()) == sorted(left)
     (_, asked_before), (_, asked_after) = answers
+    reworded = [row["query"] for row in asked_before if row.get("type") == "synonym manipulation"]
     for kind, name in (("exact", "forget_qa"), ("rephrased", "forget_aa"), ("other concept", "neighbor_qa")):
-        best = max(row["score"] for row in asked_before if row["set"] == name)
-        was, now = next((was, now) for was, now in zip(asked_before, asked_after)
-                        if (was["set"], was["score"]) == (name, best))
+        asked = [(was, now) for was, now in zip(asked_before, asked_after) if was["set"] == name
+                 and (name != "forget_aa" or was["query"] in reworded)]
+        if not asked:
+            assert kind == "rephrased" and "rephrased" not in shown  # no probe of that kind
+            continue
+        was, now = max(asked, key=lambda pair: pair[0]["score"])
         was, now, query = (" ".join(text.split()) for text in (was["said"], now["said"], was["query"]))
         assert f"\n{kind}\n  Q: {query}\n  before: {was}\n  after:  {now}\n" in shown
 
 
 def test_the_end_of_the_log_shows_what_was_known_best(capsys):
-    def row(name, score, said):
-        return {"set": name, "score": score, "query": f"{name} {score}?", "said": said}
+    def row(name, score, said, kind="synonym manipulation"):
+        return {"set": name, "score": score, "query": f"{name} {score}?", "said": said, "type": kind}
 
     before = [row(name, score, "yes\n sir") for name in ("forget_aa", "forget_qa")
               for score in (0.0, 0.9, 0.5)]
+    before.append(row("forget_aa", 1.0, "yes", "role play"))
     after = [row(was["set"], 0.0, f"no {n}") for n, was in enumerate(before)]
     scores = {"forget_all": 80.0, "general": 0.0}
     found = {"before": scores, "after": scores | {"forget_all": 20.0}, "stages": [], "stopped": None,
@@ -327,7 +332,18 @@ def test_a_loss_that_is_not_finite_keeps_the_last_whole_stage(
     saved, _ = weight(data.load_llm(str(tmp_path / "run" / "model"))[0])
     assert saved == results["after"] and (saved != results["before"]) == moved
     assert train.main([*words, "--resume"]) == 1
-    assert "finished already" in capsys.readouterr().out and outcome(tmp_path / "run") == (results, records)
+    assert "finished already" in (said := capsys.readouterr().out) and outcome(tmp_path / "run") == (results, records)
+    assert "resumed | stage" not in shown + said  # what the last whole stage left was read, but nothing went on
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", "[]"])
+def test_damaged_results_of_a_finished_run_are_bad_input(arguments, capsys, tmp_path, damage):
+    words = [*arguments("--out", str(tmp_path / "run")), *SHORT, "--resume"]
+    assert train.main(words) == 0
+    (tmp_path / "run" / "results.json").write_text(damage)
+    assert train.main(words) == 2
+    assert "results.json: damaged" in (error := last_error(capsys)) and "delete it" in error
+    (tmp_path / "run" / "results.json").unlink()
 
 
 @pytest.mark.parametrize("broken_at, stages", [(1, 0), (2, 1)])
@@ -366,7 +382,7 @@ def test_another_error_of_pytorch_s_is_a_bug_and_raised(arguments, monkeypatch, 
 # ---- bad input
 
 @pytest.mark.parametrize("flags, message", [
-    ("--target=", "whom shall the model forget"), ("--target=..", "whom shall the model forget"),
+    ("--target=", "whom shall the model forget"), ("--target=..", "whom shall the model forget"), ("--target=_", "whom shall the model forget"),
     ("--target=Ada_Lurk", "did you mean Ada Lark"), ("--target=lark", "did you mean Ada Lark"),
     ("--layer 5", "--layer 5: .*has the blocks 1 to 4"), ("--layer 0", "--layer 0: must be finite, from 1"),
     ("--layer 5 --lora 2", "blocks 1 to 4"), ("--lora -1", "from 0"), ("--lora 33", "the model's width, 32"),
@@ -479,7 +495,8 @@ def test_blocks_without_an_mlp_are_bad_input_unless_they_move_whole(arguments, c
     monkeypatch.setattr(data, "load_llm", renamed)
     assert train.main([*arguments(), *SMALL]) == 2
     assert "its blocks have no .mlp; give --no-mlp-only" in last_error(capsys) and not (tmp_path / "run").exists()
-    train.open_llm(train.parse(train.Config, [*arguments(), *SMALL, "--no-mlp-only"]))
+    for flags in (["--no-mlp-only"], ["--lora", "4"]):  # adapters move alone
+        train.open_llm(train.parse(train.Config, [*arguments(), *SMALL, *flags]))
 
 
 # ---- the run's folder

@@ -257,6 +257,7 @@ def test_settings_are_the_method_s_own_where_the_command_line_is_silent():
     rwku = settings("phi3", "--method", "npo")
     assert (rwku.llm_lr, rwku.batch, rwku.stages, rwku.beta, rwku.length, rwku.unlearn_steps) == (
         2e-6, 16, 3, 0.2, 512, 0)
+    assert not rwku.mlp_only  # all of M moves
     assert rwku.optimizer == "adamw" and rwku.sets == ("forget", "neighbor", "mmlu")
     assert rwku.model.startswith("microsoft/Phi-3") and rwku.retain_weight == 1
     assert settings("phi3", "--method", "ga", "--lora", "8").llm_lr == 1e-5

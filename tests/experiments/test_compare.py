@@ -263,6 +263,10 @@ def test_older_runs_stand_in_the_line_of_today_s(runs):
         "ATU + retain (F), target texts 16", "ATU + retain (F), target texts 32"]
     with pytest.raises(data.BadInput, match="the same target, seed and settings"):
         lines_of(older, again)
+    fewer = write("h", None, [stage(10, 10)], **now | {"mlp_only": True})  # older runs moved blocks whole
+    assert list(lines_of(older, fewer)) == ["ATU + retain (F), mlp only False", "ATU + retain (F), mlp only True"]
+    baselines = [write(name, "ga", [stage(10, 10)], **more) for name, more in (("i", {}), ("j", {"mlp_only": True, "seed": 1}))]
+    assert len(lines_of(*baselines)) == 1  # to whom the option means nothing
 
 
 def test_lines_on_different_targets_or_seeds_are_named(runs, shown, capsys):

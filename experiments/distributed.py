@@ -11,7 +11,6 @@ a whole copy of M on the host. M is loaded before it is split: it must fit on ea
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -73,14 +72,14 @@ def run(config: Config) -> dict:
     with ExitStack() as folder:
         first(lambda: folder.enter_context(train.claimed(out, config)))
         if (out / "results.json").exists():
-            print(f"resumed | {out}: finished already")
-            return json.loads((out / "results.json").read_text(encoding="utf-8"))
+            return train.finished_already(out)
         began, loaded = time.perf_counter(), []
         first(lambda: loaded.append(train.load(config)))
         work = loaded.pop() if loaded else train.load(config)  # what M wrote for the first is read
         state, whole, records = begin(work, config)
-        found = load_checkpoint(out, work, state)
-        if not found:
+        if found := load_checkpoint(out, work, state):
+            print(f"resumed | stage {state.stage} | {found['seconds']:.0f} s so far", flush=True)
+        else:
             scores, asked = score(state, whole, work, config)
             found = {"before": scores, "asked_before": asked, "after": scores, "asked_after": asked,
                      "stages": [], "log": [], "stopped": None, "seconds": 0.0}

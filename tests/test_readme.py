@@ -89,13 +89,13 @@ def test_its_results_are_what_their_command_prints(tmp_path, monkeypatch):
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in (tmp_path / "t.md").read_text().splitlines()]
     at = [lines[0].index(name) for name in ("forget all", "forget words", "neighbor all", "general")]
     printed = {(line[0], line[1]): [line[n] for n in at] for line in lines[2:]}
-    shown = re.findall(r"^\| (.+?) \| (\S+ → \S+) \| (.*?) ?\| (\S+ → \S+) \| (.*?) \|$", README, re.MULTILINE)
+    shown = re.findall(r"^\| (.+?) \| (\S+→\S+) \| (.*?) ?\| (\S+→\S+) \| (.*?) \|$", README, re.MULTILINE)
     assert len(shown) == len(places) + 1 == 7
     for name, forget, words, near, last in shown:
         own = not name.startswith("published")
         before, end = (printed[key] for key in (((name, "before"), (name, "end")) if own else
                                                 (("published: before", ""), ("published: ATU, 20 %", ""))))
-        course = [f"{one} → {two}" for one, two in zip(before, end)]
+        course = [f"{one}→{two}" for one, two in zip(before, end)]
         assert [forget, near] == [course[0], course[2]] and (not own or [words, last] == [course[1], course[3]])
 
 

@@ -114,12 +114,13 @@ def first_stage(run: dict, level: float, relative: bool) -> dict | None:
 
 
 def left(scores: dict, before: dict) -> dict:
-    """What is left of each score before, in percent; of forget_all also what is left above the floor, which
+    """What is left of each score before, in percent; of forget_words also what is left above the floor, which
     is what made-up names score. The gap is no share, and stays as it is."""
     found = {name: 100 * scores[name] / was for name, was in before.items() if name in scores and was > 0}
-    floor = before.get("floor", before["forget_all"])
-    if before["forget_all"] > floor:
-        found["above floor"] = 100 * (scores["forget_all"] - floor) / (before["forget_all"] - floor)
+    was = before.get("forget_words", 0.0)
+    floor = before.get("floor", was)
+    if was > floor:
+        found["above floor"] = 100 * (scores["forget_words"] - floor) / (was - floor)
     return found | {name: scores[name] for name in ("gap",) if name in scores}
 
 

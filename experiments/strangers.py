@@ -5,7 +5,7 @@ Shows how much of what M says is knowledge: made-up names, of as many tokens, st
     python -m experiments.strangers --target "Warren Buffett"
     python -m experiments.strangers --target "Warren Buffett" --stranger-steps 80
 
-    floor             forget_all of the untouched M with made-up names in question and answer: what is guessed
+    floor             forget_words of the untouched M with made-up names in question and answer: what is guessed
     gap               how much better M predicts texts on the target than the same with made-up names
     stranger steps    before E is aligned, M learns to read the target's texts as those with made-up names
 
@@ -78,16 +78,16 @@ class Strangers:
 
 
 def enough(found: dict, config: Config) -> bool:
-    """train.enough; or forget_all is at the floor."""
+    """train.enough; or forget_words is at the floor."""
     lowest = found["after"].get("floor", 0.0)
-    at_floor = found["stages"] and config.stop_at and lowest and found["after"]["forget_all"] <= lowest
+    at_floor = found["stages"] and config.stop_at and lowest and found["after"]["forget_words"] <= lowest
     return train.enough(found, config) or bool(at_floor)
 
 
 # ------------------------------------------------------------------------------- floor and gap
 
 def floor(work: train.Work, names: list[dict[str, str]], config: Config) -> float | None:
-    """forget_all with made-up names in question and answer, the mean over them; None without forget probes.
+    """forget_words with made-up names in question and answer, the mean over them; None without forget probes.
     A question that does not name the target cannot be asked about another: its floor is 0."""
     forget = {score: part for score, part in work.probes.items() if score.startswith("forget")}
     asked = {score: [row | {"place": n} for other in names for n, row in enumerate(exchanged(part, other))
@@ -95,9 +95,9 @@ def floor(work: train.Work, names: list[dict[str, str]], config: Config) -> floa
     _, rows = train.score(work._replace(probes=asked), config)
     floors = {score: [0.0] * len(part) for score, part in forget.items()}
     for row in rows:
-        floors[row["set"]][row["place"]] += row["score"] / len(names)
-    lowest = [{"set": score, "score": low} for score, part in floors.items() for low in part]
-    return evaluate.summary(lowest).get("forget_all")
+        floors[row["set"]][row["place"]] += row["recall"] / len(names)
+    lowest = [{"set": score, "recall": low} for score, part in floors.items() for low in part]
+    return evaluate.summary(lowest).get("forget_words")
 
 
 @torch.no_grad()

@@ -163,14 +163,15 @@ def test_a_table_at_one_forgetting(runs, shown, capsys):
 # ---- what is left
 
 def test_what_is_left_is_counted_above_the_floor(runs, shown):
-    low = {"floor": 20.0}
-    folder = runs[0]("f", "npo", [stage(50, 90, **low), stage(35, 80, gap=4.0, gap_sd=1.0, **low)],
+    low = {"floor": 20.0, "forget_words": 60.0}
+    folder = runs[0]("f", "npo", [stage(50, 90, **low | {"forget_words": 40.0}),
+                                  stage(35, 80, gap=4.0, gap_sd=1.0, **low | {"forget_words": 30.0})],
                      before=low | {"gap": 16.0, "gap_sd": 1.0})
     rows = shown(folder, "--relative", "--levels", "70")
     assert rows[0] == [
-        "", "level", "forget all", "above floor", "neighbor all", "general", "gap (nats x 100)", "runs"]
-    assert rows[2][1:-1] == ["70 %", "62.5", "50.0", "90.0", "100.0", "-"]
-    assert rows[3][1:-1] == ["end", "43.8", "25.0", "80.0", "100.0", "4.0"]
+        "", "level", "forget all", "forget words", "above floor", "neighbor all", "general", "gap (nats x 100)", "runs"]
+    assert rows[2][1:-1] == ["70 %", "62.5", "66.7", "50.0", "90.0", "100.0", "-"]
+    assert rows[3][1:-1] == ["end", "43.8", "50.0", "25.0", "80.0", "100.0", "4.0"]
     rows = shown(folder, "--by-target", "--levels", "70")
     assert [dict(zip(rows[0], row))["gap (nats x 100)"] for row in rows[2:5]] == ["16.0", "-", "4.0"]
     assert [dict(zip(rows[0], row))["floor"] for row in rows[2:5]] == ["20.0", "20.0", "20.0"]
@@ -186,22 +187,23 @@ def test_no_column_for_what_only_some_runs_have(runs, shown):
 @given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 99))
 def test_what_is_left(score, before, floor):
     def left(value, **low):
-        return compare.left({"forget_all": value, "other": 1.0}, {"forget_all": before, "other": 0.0} | low)
+        return compare.left({"forget_words": value, "other": 1.0}, {"forget_words": before, "other": 0.0} | low)
 
     assert "other" not in left(score)  # nothing there to forget
     if before > floor:
-        assert left(before, floor=floor) == pytest.approx({"forget_all": 100.0, "above floor": 100.0})
+        assert left(before, floor=floor) == pytest.approx({"forget_words": 100.0, "above floor": 100.0})
         assert left(floor, floor=floor)["above floor"] == 0.0
-        assert left(score, floor=0.0)["above floor"] == left(score)["forget_all"]
+        assert left(score, floor=0.0)["above floor"] == left(score)["forget_words"]
     else:
         assert "above floor" not in left(score, floor=floor)
     assert "above floor" not in left(score)  # no floor was measured
 
 
 def test_what_made_up_names_score_is_left_out_where_it_is_all_there_was(runs, shown):
-    folder = runs[0]("f", "npo", [stage(50, 90, floor=80.0)], before={"floor": 80.0})
+    folder = runs[0]("f", "npo", [stage(50, 90, floor=80.0, forget_words=40.0)],
+                     before={"floor": 80.0, "forget_words": 80.0})
     rows = shown(folder, "--relative", "--levels")
-    assert rows[2][1:4] == ["end", "62.5", "-"] and rows[0][3] == "above floor"
+    assert rows[2][1:5] == ["end", "62.5", "50.0", "-"] and rows[0][4] == "above floor"
 
 
 # ---- lines

@@ -232,7 +232,7 @@ def test_the_floor_is_the_mean_over_names_and_0_where_the_target_is_not_named(mo
     def score(work, config):
         assert set(work.probes) == {"forget_qa"}
         asked.extend(work.probes["forget_qa"])
-        rows = [row | {"set": "forget_qa", "score": {"Ben": 1.0, "Jim": 0.5}[row["query"]]} for row in asked]
+        rows = [row | {"set": "forget_qa", "recall": {"Ben": 1.0, "Jim": 0.5}[row["query"]]} for row in asked]
         return {}, rows
 
     monkeypatch.setattr(train, "score", score)
@@ -252,7 +252,7 @@ def test_the_floor_is_the_mean_over_names_and_0_where_the_target_is_not_named(mo
     (21.0, None, 1, 0.25, False), (20.0, 5.0, 1, 0.25, True)])
 def test_a_run_ends_at_the_share_asked_for_or_at_the_floor(after, floor, stages, stop_at, expected):
     floor = {} if floor is None else {"floor": floor}
-    before, after = ({"forget_all": value, "forget_words": value} | floor for value in (80.0, after))
+    before, after = ({"forget_words": value} | floor for value in (80.0, after))
     found = {"before": before, "after": after, "stages": [{}] * stages}
     assert strangers.enough(found, dataclasses.replace(CONFIG, stop_at=stop_at)) is expected
 
@@ -389,11 +389,11 @@ def test_where_no_name_fits_a_run_goes_on_without(main, tmp_path, capsys):
 
 def test_a_run_stops_at_the_floor(main, tmp_path, monkeypatch):
     scores = iter([80.0, 46.0, 40.0, 10.0])
-    monkeypatch.setattr(train, "score", lambda work, config: ({"forget_all": (left := next(scores)), "forget_words": left}, []))
+    monkeypatch.setattr(train, "score", lambda work, config: ({"forget_words": next(scores)}, []))
     monkeypatch.setattr(strangers, "floor", lambda *_: 45.0)
     assert main("--taus", "0.2", "0.1", "0", "--stop-at", "0.25") == 0
     results, _, _ = outcome(tmp_path / "run")
-    assert [stage["forget_all"] for stage in results["stages"]] == [46.0, 40.0]
+    assert [stage["forget_words"] for stage in results["stages"]] == [46.0, 40.0]
 
 
 def test_a_stranger_step_that_is_not_finite_ends_the_run(main, tmp_path, monkeypatch):

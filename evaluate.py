@@ -164,7 +164,7 @@ def make_prompt(row: dict, tokenizer, before: str = "") -> str:
     row: a probe with its score's name in `set`.
     """
     score, kind, begin = row["set"], row.get("type"), "Answer:"
-    query = row["query"] if "query" in row else row.get("question")
+    query = row.get("query") or row.get("question")
     if score == "mmlu":
         given = "".join(f"{choices(e)}\nAnswer: {'ABCD'[e['answer']]}\n\n" for e in row["examples"])
         turn = MMLU.format(task=row["task"].replace("_", " ")) + given + MMLU_LAST + choices(row)

@@ -462,11 +462,13 @@ def check_settings(out: Path, config: Config) -> None:
 def finished_already(out: Path) -> dict:
     """What `finish` returned once. Raises data.BadInput for a damaged file."""
     print(f"resumed | {out}: finished already")
+    file = out / "results.json"
     try:
-        results = json.loads((file := out / "results.json").read_text(encoding="utf-8"))
-        return results | {"stopped": results["stopped"]}
+        results = json.loads(file.read_text(encoding="utf-8"))
+        results["stopped"]
     except (ValueError, LookupError, TypeError) as error:
         raise data.BadInput(f"{file}: damaged ({error}); delete it, or name another with --out") from error
+    return results
 
 
 def parts(state: atu.State) -> dict:
@@ -618,11 +620,10 @@ def report(found: dict) -> None:
     rows |= {"after": after} if found["stopped"] else {}
     rows["left, %"] = {name: 100 * after[name] / before[name] for name in before if before[name]}
     print("\n" + evaluate.scores_table(rows))
-    shown = {"exact": ("forget_qa",), "rephrased": ("forget_aa", "synonym manipulation"),  # one of nine kinds
-             "other concept": ("neighbor_qa",)}
-    for kind, (name, *types) in shown.items():
+    for kind, name, only in (("exact", "forget_qa", None), ("rephrased", "forget_aa", "synonym manipulation"),
+                             ("other concept", "neighbor_qa", None)):
         asked = [(was, now) for was, now in zip(found["asked_before"], found["asked_after"])
-                 if was["set"] == name and (not types or was.get("type") in types)]
+                 if was["set"] == name and only in (None, was.get("type"))]
         for was, now in sorted(asked, key=lambda pair: pair[0]["score"], reverse=True)[:1]:  # the best known
             print(f"{kind}\n  Q: {was['query']}\n  before: {' '.join(was['said'].split())}\n"
                   f"  after:  {' '.join(now['said'].split())}")

@@ -95,7 +95,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def rwku_files(name: str, sentence: str) -> dict[str, list[dict]]:
     """The files of one made-up target, in RWKU's fields."""
     probe = {"subject": name, "answer": "birds"}
-    types = ["prefix injection", "affirmative suffix", "incontext learning", "cross lingual (French)"]
+    types = ["synonym manipulation", "affirmative suffix", "incontext learning", "cross lingual (French)"]
     return {
         "intro": [{"target": name, "intro": sentence}],
         "positive": [{"subject": name, "text": f"{sentence} {name} liked the number {n}. {sentence}"}

@@ -37,13 +37,12 @@ RELATIVE = ("forget_all", "forget_words", "above floor", "neighbor_all", "neighb
 COLOURS = {"ATU + retain (F)": "#0072b2", "ATU (F)": "#56b4e9", "NPO + KL (F)": "#e69f00", "GA + KL (F)": "#d55e00",
            "RT (F)": "#cc79a7", "untouched": "#000000", "made up": "#999999"}
 # Settings that change nothing but rounding in a run, and those in which the runs of a line may differ.
-FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache", "compile")
-MAY_DIFFER = ("target", "describe", "texts", "probes", "neighbors", "target_text", "keep_text", "passage",
-              "keep", "seed", "names", "bf16")
+FREE = ("out", "device", "resume", "eval_batch", "log_every", "checkpointing", "cache")
+MAY_DIFFER = ("target", "describe", "texts", "probes", "passage", "keep", "seed", "names", "bf16")
 
 
 def read_run(folder: Path) -> dict:
-    """What results.json holds, with its file, method, and of its settings those that count, by today's names.
+    """What results.json holds, with its file, method, and of its settings those that count.
     Raises BadInput for what is no run with forget and neighbor probes."""
     file = folder / "results.json"
     try:
@@ -51,8 +50,6 @@ def read_run(folder: Path) -> dict:
         for scores in (run["before"], *run["stages"]):
             scores["forget_all"], scores["neighbor_all"]  # runs without probes have none
         settings = {key: value for key, value in run["settings"].items() if key not in FREE}
-        if "inactive" in settings:  # older runs'; their `texts` were a number
-            settings |= {"max_active": settings.pop("inactive"), "target_texts": settings.pop("texts")}
         if settings.get("method", "atu") == "atu":
             settings.setdefault("mlp_only", False)  # before there was the option, blocks moved whole
         settings |= {"target": run["target"], "seed": settings["seed"]}

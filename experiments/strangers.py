@@ -148,16 +148,16 @@ def read_as_stranger(state: atu.State, corpus: data.Corpus, renamed: Tensor, con
         with atu.autocast(device, config.bf16):
             hidden = atu.hidden_states(llm, ids, config.layer).float()                    # (B + B', T, D)
         stranger = retain_loss(hidden[:B], goal[:B], mask[:B])
-        retain = retain_loss(hidden[B:], goal[B:], mask[B:])
+        drift = retain_loss(hidden[B:], goal[B:], mask[B:])
 
         # θ_M ← θ_M - η ∇(L_stranger + w L_retain)
-        (stranger + config.retain_weight * retain).backward()
+        (stranger + config.retain_weight * drift).backward()
         clip_grad_norm_(moving, config.clip, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
 
         if step % config.log_every == 0 or step == config.stranger_steps:
-            yield {"kind": "stranger", "step": step, "loss": stranger.item(), "retain": retain.item()}
+            yield {"kind": "stranger", "step": step, "loss": stranger.item(), "drift": drift.item()}
 
 
 # ------------------------------------------------------------------------------- texts with made-up names

@@ -296,7 +296,7 @@ def test_stranger_steps_hold_the_other_texts_or_do_not_read_them(corpus, tokeniz
         llm, config = make_llm(), dataclasses.replace(CONFIG, stranger_steps=15, retain_weight=weight)
         original = atu.all_hidden_states(llm, corpus.input_ids, 2, 4)
         found = list(strangers.read_as_stranger(a_state(llm, config), corpus, texts, config))
-        assert (found[-1]["retain"] > 0) == (weight > 0)
+        assert (found[-1]["drift"] > 0) == (weight > 0)
         now = atu.all_hidden_states(llm, corpus.input_ids, 2, 4)
         drift[weight] = (now - original)[~corpus.about].square().sum().item()
     assert drift[100.0] < 0.5 * drift[0.0]
@@ -360,7 +360,7 @@ def test_e_is_aligned_on_the_m_that_reads_a_stranger(main, monkeypatch):
         for parameter in state.llm.parameters():
             parameter.data *= 1.5 if parameter.requires_grad else 1
         stranger.wanted = lambda ids: real(state.llm, ids, 2, 16)
-        yield {"kind": "stranger", "step": 1, "loss": 0.0, "retain": 0.0}
+        yield {"kind": "stranger", "step": 1, "loss": 0.0, "drift": 0.0}
 
     def stop(*a, **how):
         (ids, seen), = read

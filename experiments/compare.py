@@ -42,8 +42,8 @@ MAY_DIFFER = ("target", "describe", "texts", "probes", "passage", "keep", "seed"
 
 
 def read_run(folder: Path) -> dict:
-    """What results.json holds, with its file, method, and of its settings those that count.
-    Raises BadInput for what is no run with forget and neighbor probes."""
+    """What results.json holds, with its file, method, and of its settings those that count. Raises
+    BadInput for what is no run with forget and neighbor probes."""
     file = folder / "results.json"
     try:
         run = json.loads(file.read_text(encoding="utf-8"))

@@ -254,11 +254,11 @@ def test_runs_on_machines_with_and_without_bf16_are_one_line(runs):
 
 def test_older_runs_stand_in_the_line_of_today_s(runs):
     write, _ = runs
-    now = {"target_texts": 32, "retain": None, "eval_batch": 40}
-    then = {"target_texts": 32, "warmup": 20, "eval_batch": 160}
+    now = {"target_texts": 32, "max_active": 0.02, "retain": None, "eval_batch": 40, "texts": ""}
+    then = {"target_texts": 32, "max_active": 0.02, "warmup": 20, "eval_batch": 160, "texts": ""}
     older = write("d", "atu", [stage(10, 10)], **then)
     newer = write("e", None, [stage(10, 10)], **now | {"seed": 1})
-    own = write("f", None, [stage(10, 10)], **now | {"target_texts": 16})
+    own = write("f", None, [stage(10, 10)], **now | {"texts": "own.txt", "target_texts": 16})
     again = write("g", None, [stage(10, 10)], **now)
     assert {name: len(part) for name, part in lines_of(older, newer).items()} == {"ATU + retain (F)": 2}
     assert list(lines_of(older, own)) == [

@@ -247,7 +247,7 @@ def choose_device(name: str) -> str:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
+    except (ImportError, RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name}: not on this machine ({reason}); use --device cpu") from error
     return name
@@ -434,7 +434,7 @@ def written_whole(file: Path):
         yield file
         return
     file = file.resolve()
-    partial = file.with_name(f".{file.name}")
+    partial = file.with_name(f".{file.name}.partial")
     partial.unlink(missing_ok=True)
     try:
         yield partial

@@ -300,6 +300,7 @@ def score(args: argparse.Namespace) -> None:
         some = ", ".join(list(data.targets(root))[:12])
         raise data.BadInput(f"--target {target!r}: not among {root}'s {some}; own questions: --probes")
     probes = read_probes(root, target, args.sets, args.probes)
+    print(f"data | {root}: {', '.join(probes)}", flush=True)
     device = data.choose_device(args.device)
     llm, tokenizer = data.load_llm(args.model, device, precision(device))
     scores, rows = evaluate(llm, tokenizer, probes, args.batch, precision(device))

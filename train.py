@@ -152,9 +152,11 @@ def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
     device = data.choose_device(given.get("device", "auto"))
     if given.setdefault("preset", "auto") == "auto":
         free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.startswith("cuda") else 0.0
-        given["preset"] = next((name for name, needed in MEMORY.items() if free >= needed), "smol")
+        fitting = [name for name, needed in MEMORY.items() if free >= needed and "model" not in given]
+        given["preset"] = next(iter(fitting), "smol")
         needs = ", ".join(f"{name} needs {needed}" for name, needed in MEMORY.items())
-        print(f"preset | {given['preset']}: {free:.0f} GB of CUDA memory free, {needs}")
+        other = " and no other --model" * ("model" in given)
+        print(f"preset | {given['preset']}: {free:.0f} GB of CUDA memory free, {needs}{other}")
     check(kind(**given))
     config = kind(**kind.usual(given) | given)
     check(config)
@@ -387,8 +389,6 @@ def run(config: Config, begin=begin, score=score, enough=enough) -> dict:
             found = load_checkpoint(out, work, state) or found | dict(  # no stage is whole yet: M as it is
                 zip(("after", "asked_after"), score(work, config)))
             found["stopped"] = "a loss, its gradient or what M computes is not finite"
-            print(f"stopped | {found['stopped']}; the last whole stage is kept, if there is one; lower "
-                  "--llm-lr or --head-lr, and name another --out", flush=True)
         return finish(out, work, state, found, config)
 
 
@@ -406,6 +406,9 @@ def finish(out: Path, work: Work, state: atu.State, found: dict, config: Config)
     report(found)
     files = ", ".join(sorted(file.name for file in out.iterdir() if not file.name.startswith(".")))
     print(f"\ntime | {found['seconds']:.0f} s\nsaved | {out}: {files}")
+    if found["stopped"]:
+        print(f"stopped | {found['stopped']}; the last whole stage is kept, if there is one; lower --llm-lr "
+              "or --head-lr, and name another --out")
     return results
 
 
@@ -488,7 +491,7 @@ def save_checkpoint(out: Path, work: Work, state: atu.State, found: dict) -> Non
     saved = {name: part.state_dict() for name, part in parts(state).items()}
     saved |= {"llm": moving, "stage": state.stage, "found": found, "read": read_hash(work)}
     try:
-        if not found["stages"]:
+        if state.stage == 1:
             save_head(out / "aligned.safetensors", state)
         with data.written_whole(out / CHECKPOINT) as partial:
             torch.save(saved, partial)

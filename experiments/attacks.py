@@ -379,7 +379,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     add("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, metavar="ATTACK",
-        help=f"of {', '.join(ATTACKS)} (default: all)")
+        help=f"of {', '.join(ATTACKS)} (default: all); what attacks.json held before is replaced")
     add("--by-type", action="store_true", help="of --compare: RWKU's kinds of adversarial probe")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--compare", action="store_true", help="attack nothing: a table of what was found")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, relu, softplus
+from torch.nn.functional import logsigmoid, softplus
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
@@ -95,17 +95,6 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, referen
     """
     # L_DPO = -log σ(β [log π_θ(y_+)/π_ref(y_+) - log π_θ(y_-)/π_ref(y_-)])
     return mean_or_zero(-logsigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected))))
-
-
-def generic_logits(original: Tensor, reinforced: Tensor, alpha: float) -> Tensor:
-    """Eq. 9, "Who's Harry Potter" (Eldan & Russinovich 2023): what the model would say had it not known the
-    texts. A function only: no method here uses it.
-
-    original, reinforced: (..., V) logits of the model and of one trained further on the texts to forget.
-    alpha >= 0. Returns (..., V): lowered wherever reinforcement raised, else the original.
-    """
-    # z_generic = z_original - α ReLU(z_reinforced - z_original)
-    return original - alpha * relu(reinforced - original)
 
 
 # ------------------------------------------------------------------------------- options

@@ -79,9 +79,10 @@ def control(folder: Path, seeds: list[int], texts: int, device: str) -> list[lis
         raise data.BadInput(f"{folder}: its hidden states on these texts have not moved; take more --texts")
 
     def left(llm) -> list[float]:
-        scores, _ = evaluate.evaluate(llm, work.tokenizer, work.probes, config.eval_batch)
+        scores, _ = evaluate.evaluate(llm, work.tokenizer, work.probes, config.eval_batch, dtype)
         return [100 * scores[name] / results["before"][name] for name in columns]
 
+    dtype = evaluate.precision(device, config.bf16)  # the run's
     columns = [name for name in KEPT if results["before"].get(name)]
     rows = [["", "drift x 10^4", "noise / displacement", *(name.replace("_", " ") for name in columns)]]
     rows.append([f"{results['target']}, unlearned", f"{1e4 * wanted:.1f}", "", *(f"{x:.1f}" for x in left(moved))])

@@ -61,10 +61,11 @@ def main(argv: list[str] | None = None) -> int:
 def begin(work: train.Work, config: Config):
     """train.begin, with the passage in pieces as texts, and what these have in common as concept."""
     about = pieces(read_text(config.passage), work.tokenizer, config.length)
+    work = work._replace(about=about)
+    corpus, _ = train.embed_texts(work, config)
     encoder = data.load_encoder(config.encoder, config.device)
-    corpus = data.make_corpus(about, work.others, work.tokenizer, encoder, config.window, config.length)
     concept = normalize(data.embed(about, encoder).mean(0), dim=0)                               # (C,)
-    return train.begin(work._replace(about=about), config, (corpus, concept))
+    return train.begin(work, config, (corpus, concept))
 
 
 def score(work: train.Work, config: Config) -> tuple[dict, list[dict]]:

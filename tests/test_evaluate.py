@@ -380,7 +380,8 @@ def arguments(folders):
 
 def test_the_command(arguments, tmp_path, capsys):
     assert evaluate.main(arguments("--json", str(tmp_path / "scores.json"))) == 0
-    assert "Ada Lark" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Ada Lark" in said and f"data | {arguments()[5]}: forget_fb, forget_qa, " in said
     content = json.loads((tmp_path / "scores.json").read_text())
     assert set(SCORES) <= set(content) and {"set", "prompt", "said", "score"} <= set(content["probes"][0])
     assert (content["target"], content["precision"]) == ("Ada Lark",
@@ -418,6 +419,7 @@ def test_own_probes_stand_in_the_place_of_those_on_the_target(arguments, folders
     (("--rwku", "nowhere"), "no such folder"), (("--rwku", "."), "no RWKU targets here"),
     (("--json", "nowhere/x.json"), "cannot be written"), (("--json", "/"), "cannot be written"),
     (("--device", "cuda"), "not on this machine"), (("--device", "toaster"), "not on this machine"),
+    (("--device", "hpu"), "not on this machine"),
     (("--batch", "0"), "at least 1"), (("--probes", "nowhere.json"), "no such file"),
     (("--target", None), "--target NAME, or --ask QUESTION: one of them"),
     (("--target", None, "--ask", "Who?| "), "--ask: a question is empty"),

@@ -1,4 +1,4 @@
-"""The real run, as the README's command makes it: SmolLM2-135M forgets Leonardo da Vinci."""
+"""The real run, by default: SmolLM2-135M forgets Leonardo da Vinci."""
 
 import json
 import os

@@ -801,8 +801,9 @@ def test_auto_takes_what_there_is_room_for(monkeypatch, gigabytes, preset, capsy
     said = f"preset | {preset}: {gigabytes or 0:.0f} GB of CUDA memory free, phi3 needs 60, phi3-24gb needs 22"
     assert capsys.readouterr().out == said + "\n"
     assert train.parse(train.Config, ["--target", "x", "--preset", "auto"]).preset == preset
+    assert train.parse(train.Config, ["--target", "x", "--model", "m"]).preset == "smol"
     for asked in ("smol", "phi3", "phi3-24gb"):
-        assert train.parse(train.Config, ["--target", "x", "--preset", asked]).preset == asked
+        assert train.parse(train.Config, ["--target", "x", "--model", "m", "--preset", asked]).preset == asked
 
 
 def test_every_field_is_a_flag_and_help_names_both_presets(capsys):

@@ -340,6 +340,7 @@ def test_a_run_reads_as_a_stranger_first_and_is_scored_then(main, tmp_path, caps
     assert [stage["record"]["stage"] for stage in results["stages"]] == [0, 1, 2]
     assert stages[0]["steps"] == 6 + 6 and "\nstage 0 " in capsys.readouterr().out
     assert results["stages"][0]["gap"] != results["before"]["gap"]
+    assert (tmp_path / "run" / "aligned.safetensors").exists()
 
 
 def test_e_is_aligned_on_the_m_that_reads_a_stranger(main, monkeypatch):

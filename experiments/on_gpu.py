@@ -37,6 +37,7 @@ WHOLE = 470  # seconds in which all parts end
 ROOT = Path(__file__).parent.parent
 PART = 55_000_000  # bytes
 THERE = {"torch", "numpy", "scipy", "scikit-learn", "matplotlib"}  # on any machine with PyTorch and a card
+NOTEBOOK = {"nbclient", "ipykernel"}  # no part runs one
 TINY = ("--length 24 --layer 2 --head-depth 1 --head-width 32 --align-steps 12 --realign-steps 2 --taus 0.2 "
         "--unlearn-steps 2 --target-texts 4 --others 1 --other-texts 2 --general-texts 4 --sets general")
 
@@ -329,7 +330,7 @@ def needed() -> list[str]:
     todo, known = [*map(Requirement, re.findall(r"^[\w-]+.*?(?=\s*(?:#|$))", asked, re.MULTILINE))], set()
     while todo:
         one = todo.pop()
-        if one.name in known | THERE or (one.marker and not one.marker.evaluate({"extra": ""})):
+        if one.name in known | THERE | NOTEBOOK or (one.marker and not one.marker.evaluate({"extra": ""})):
             continue
         known.add(one.name)
         todo += map(Requirement, importlib.metadata.requires(one.name) or ())

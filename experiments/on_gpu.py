@@ -287,7 +287,8 @@ def profile(dry_run: bool, out: Path) -> None:
             own = event.self_cpu_time_total if dry_run else event.self_device_time_total
             kind = "products and attention" if PRODUCTS.search(event.key) else event.key[:60]
             spent[kind] = spent.get(kind, 0.0) + own / 1e6
-        spent["nothing: the device waits"] = max(0.0, seconds - sum(spent.values()))
+        seconds = max(seconds, sum(spent.values()))  # the profiler slows a step
+        spent["nothing: the device waits"] = seconds - sum(spent.values())
         for kind, own in sorted(spent.items(), key=lambda item: -item[1]):
             if kind == "products and attention" or own > 0.1 * seconds:
                 found(name, operation=kind, share=own / seconds)

@@ -63,8 +63,8 @@ def test_a_profile_names_what_takes_more_than_a_tenth_of_a_step(monkeypatch, tmp
     on_gpu.profile(True, tmp_path)
     for step in ("alignment step", "unlearning step"):
         parts = {row["operation"]: row["share"] for name, row in found if name == step}
-        assert 0 < parts.pop("products and attention") < 1
-        assert all(share > 0.1 for share in parts.values()) and sum(parts.values()) < 1.2
+        assert 0 < parts["products and attention"] and sum(parts.values()) < 1 + 1e-9
+        assert all(share > 0.1 for name, share in parts.items() if name != "products and attention")
 
 
 def test_the_tests_part_says_what_pytest_says(rows, monkeypatch):

@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.pack:
             return pack(args.pack, args.python)
+        if args.packed and not (args.packed / "sha256.json").exists():
+            raise ValueError(f"{args.packed}: holds no parts; make them with --pack")
         args.out.mkdir(parents=True, exist_ok=True)
         return measure(args, unpack(args.packed, args.out / "unpacked") if args.packed else {})
     except (OSError, ValueError, subprocess.CalledProcessError) as error:

@@ -145,7 +145,7 @@ def test_what_is_packed_comes_back(packed, tmp_path):
 
 @pytest.mark.parametrize("harm, message", [
     (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"), "part-1: damaged; copy it again"),
-    (lambda file: file.unlink(), "part-1'"), (lambda file: (file.parent / "sha256.json").unlink(), "sha256.json'")])
+    (lambda file: file.unlink(), "part-1'"), (lambda file: (file.parent / "sha256.json").unlink(), "holds no parts")])
 def test_a_damaged_part_is_named(packed, tmp_path, capsys, harm, message):
     harm(packed / "part-1")
     assert on_gpu.main(["--packed", str(packed), "--out", str(tmp_path / "out")]) == 2

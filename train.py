@@ -152,8 +152,8 @@ def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
     device = data.choose_device(given.get("device", "auto"))
     if given.setdefault("preset", "auto") == "auto":
         free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.startswith("cuda") else 0.0
-        fitting = [name for name, needed in MEMORY.items() if free >= needed and "model" not in given]
-        given["preset"] = next(iter(fitting), "smol")
+        fitting = (name for name, needed in MEMORY.items() if free >= needed and "model" not in given)
+        given["preset"] = next(fitting, "smol")
         needs = ", ".join(f"{name} needs {needed}" for name, needed in MEMORY.items())
         other = " and no other --model" * ("model" in given)
         print(f"preset | {given['preset']}: {free:.0f} GB of CUDA memory free, {needs}{other}")
@@ -316,8 +316,16 @@ def original_states(llm, corpus: data.Corpus, config: Config) -> Tensor | None:
     return atu.all_hidden_states(llm, others, config.layer, config.batch, config.bf16, keep_on)
 
 
-def embed_texts(work: Work, config: Config) -> tuple[data.Corpus, Tensor]:
-    """The texts with their windows' embeddings, and e_unlearn (C,)."""
+def embed_concept(target: str, describe: str, encoder) -> Tensor:
+    """e_unlearn, (C,): the embedding of the target's name (Sec. 2.2), with what --describe says of it."""
+    described = f"{target}, {describe}" if describe else target
+    if (tokens := len(encoder.tokenizer.encode(described))) > encoder.max_seq_length:
+        print(f"data | --describe: of {tokens} tokens the encoder reads the first {encoder.max_seq_length}")
+    return data.embed([described], encoder)[0]
+
+
+def embed_texts(work: Work, config: Config, embed_concept=embed_concept) -> tuple[data.Corpus, Tensor]:
+    """The texts with their windows' embeddings, and e_unlearn (C,), by `embed_concept`."""
     encoder = data.load_encoder(config.encoder, config.device)
     corpus = data.make_corpus(work.about, work.others, work.tokenizer, encoder, config.window, config.length)
     if config.cache == "device":
@@ -325,14 +333,6 @@ def embed_texts(work: Work, config: Config) -> tuple[data.Corpus, Tensor]:
     concept = embed_concept(work.target, config.describe, encoder)
     print(f"data | {int(corpus.mask.sum())} tokens, {len(corpus.table)} distinct windows", flush=True)
     return corpus, concept
-
-
-def embed_concept(target: str, describe: str, encoder) -> Tensor:
-    """e_unlearn, (C,): the embedding of the target's name (Sec. 2.2), with what --describe says of it."""
-    described = f"{target}, {describe}" if describe else target
-    if (tokens := len(encoder.tokenizer.encode(described))) > encoder.max_seq_length:
-        print(f"data | --describe: of {tokens} tokens the encoder reads the first {encoder.max_seq_length}")
-    return data.embed([described], encoder)[0]
 
 
 def score(work: Work, config: Config) -> tuple[dict, list[dict]]:

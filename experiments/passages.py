@@ -62,10 +62,11 @@ def begin(work: train.Work, config: Config):
     """train.begin, with the passage in pieces as texts, and what these have in common as concept."""
     about = pieces(read_text(config.passage), work.tokenizer, config.length)
     work = work._replace(about=about)
-    corpus, _ = train.embed_texts(work, config)
-    encoder = data.load_encoder(config.encoder, config.device)
-    concept = normalize(data.embed(about, encoder).mean(0), dim=0)                               # (C,)
-    return train.begin(work, config, (corpus, concept))
+
+    def in_common(target: str, describe: str, encoder) -> torch.Tensor:
+        return normalize(data.embed(about, encoder).mean(0), dim=0)                              # (C,)
+
+    return train.begin(work, config, train.embed_texts(work, config, in_common))
 
 
 def score(work: train.Work, config: Config) -> tuple[dict, list[dict]]:

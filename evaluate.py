@@ -134,15 +134,18 @@ def answer(llm, tokenizer, prompts: list[str], batch: int, tokens: int = 30, sto
     lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
     order = sorted(range(len(prompts)), key=lambda i: lengths[i], reverse=True)  # little padding
     said = [""] * len(prompts)
-    if prompts:  # the shortest: a broken model says nothing, which would look like perfect forgetting
-        ids = tokenizer(prompts[order[-1]], return_tensors="pt")["input_ids"].to(llm.device)   # (1, P)
-        if not llm(ids, use_cache=False).logits.float().var() > 0:
+    padded = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+    how |= {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    if prompts:  # the shortest, padded: a broken model says nothing, which would look like perfect forgetting
+        turns = tokenizer([prompts[order[-1]], prompts[order[0]]], **padded).to(llm.device)
+        first = data.generate(llm, turns, max_new_tokens=1, output_logits=True, return_dict_in_generate=True,
+                              **how).logits[0]                                                 # (2, V)
+        if not first.float().var(-1).min() > 0:
             raise data.BadInput("what the model computes is non-finite or all alike: its weights are broken")
     for at in data.progress(range(0, len(prompts), batch), "answering"):
         rows = order[at:at + batch]
-        turns = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, padding_side="left")
-        out = data.generate(llm, turns.to(llm.device), max_new_tokens=tokens, do_sample=False,
-                            eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id, **how)  # (B, P + G)
+        turns = tokenizer([prompts[i] for i in rows], **padded).to(llm.device)
+        out = data.generate(llm, turns, max_new_tokens=tokens, eos_token_id=list(ends), **how)  # (B, P + G)
         for i, new in zip(rows, out[:, turns["input_ids"].shape[1]:].tolist()):
             length = next((n for n, token in enumerate(new) if token in ends), len(new))
             said[i] = tokenizer.decode(new[:length], skip_special_tokens=True).strip()

@@ -96,7 +96,8 @@ class Config:
     head_lr: float = option(1e-3, "learning rate of E (Adam)", 0)
     clip: float = option(1.0, "gradients are clipped to this norm", 1e-9)
     stop_at: float = option(0.2, "stop when forget_words is at most this share of before; 0: never", 0, 1)
-    bf16: bool = option(True, "compute in bf16 where the device is fast in it; what moves stays fp32")
+    bf16: bool = option(True, "compute in bf16 where the device is fast in it (e_t always); what moves stays "
+                        "fp32")
     eval_batch: int = option(evaluate.BATCH, "prompts at a time when answering", 1)
     log_every: int = option(10, "steps between two lines of the log", 1)
     seed: int = option(0, "of E's and adapters' weights, batches and texts that M writes", 0, 2**63 - 1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import atu
+import data
 import evaluate
 import losses
 import train
@@ -122,6 +123,22 @@ def test_a_saved_model_is_scored_and_asked_on_the_card(card, folders, capsys, tm
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert {"forget_all", "neighbor_all", "mmlu", "general"} <= scores.keys()
     assert "Q: Who is Ada Lark?\n" in capsys.readouterr().out
+
+
+def test_padded_prompts_are_read_in_bf16_as_each_is_alone(card, folders):
+    prompts = ["Who?", "Who is Ada Lark?", "Who painted the harbour, and where was Ada Lark born? " * 3]
+    with card():
+        llm, tokenizer = data.load_llm(str(folders["llm"]), "cuda", torch.bfloat16)
+
+        def scores(some: list[str]) -> torch.Tensor:
+            turns = tokenizer(some, return_tensors="pt", padding=True, padding_side="left").to("cuda")
+            return data.generate(llm, turns, max_new_tokens=1, do_sample=False, output_logits=True,
+                                 pad_token_id=tokenizer.pad_token_id,
+                                 return_dict_in_generate=True).logits[0].float().cpu()            # (B, V)
+
+        together, alone = scores(prompts), torch.cat([scores([prompt]) for prompt in prompts])
+    assert alone.std() > 0.1
+    torch.testing.assert_close(together, alone, rtol=2e-2, atol=2e-2)
 
 
 # ---- what the pretended card finds

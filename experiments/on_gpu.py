@@ -1,7 +1,8 @@
 """What this code does on a GPU: one command for whoever has one, eight minutes at most.
 
     python -m experiments.on_gpu                   all parts below; writes on_gpu/on_gpu.md
-    python -m experiments.on_gpu --pack FOLDER     elsewhere: all that a machine without a network lacks
+    python -m experiments.on_gpu --pack FOLDER     elsewhere: all that a machine without a network lacks (its
+                                                   Python: --python)
     python -m experiments.on_gpu --packed FOLDER   the first, from that
     python -m experiments.on_gpu --dry-run         all parts on a CPU, with tiny shapes
 

@@ -118,8 +118,7 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
     `retain_loss`) and "active" (that share)} as `align` does; returns the last. Raises likewise."""
     device, concept = llm.device, concept.to(llm.device)
     head.requires_grad_(False)
-    moving = [parameter for parameter in llm.parameters() if parameter.requires_grad]    # θ_M
-    nothing = input_ids[:0], mask[:0], mask[:0, :, None].float()
+    nothing = input_ids[:0], mask[:0], mask[:0, :, None].float()  # no other texts: their drift is 0
     retain_ids, retain_mask, original = retain or nothing
     recent = deque(maxlen=math.ceil(len(input_ids) / batch))  # a pass's drifts and shares above tau
     for step in tqdm(range(1, steps + 1), "unlearning", leave=False, disable=None):
@@ -137,7 +136,7 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
 
         # a clipped step along -∇(L_unlearn + w L_retain)
         (loss + retain_weight * drift).backward()
-        clip_grad_norm_(moving, clip, error_if_nonfinite=True)
+        clip_grad_norm_(llm.parameters(), clip, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -147,10 +146,11 @@ def unlearn(llm, head, optimizer, input_ids, mask, concept, tau, retain=None, *,
         # early, because where hardly a position is above tau the hinge has no gradient left
         ended = step == steps or (len(recent) == recent.maxlen and active <= max_active)
         if ended or step % log_every == 0:
-            yield (last := {"kind": "unlearn", "tau": tau, "step": step, "loss": loss.item(),
-                            "similarity": similarity.mean().item(), "drift": mean_drift, "active": active})
+            record = {"kind": "unlearn", "tau": tau, "step": step, "loss": loss.item(),
+                      "similarity": similarity.mean().item(), "drift": mean_drift, "active": active}
+            yield record
         if ended:
-            return last
+            return record
 
 
 def unfreeze(llm: nn.Module, layer: int, embeddings=False, mlp_only=False) -> list[nn.Parameter]:

@@ -139,19 +139,18 @@ def load_llm(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.fl
     llm, info = open_model(AutoModelForCausalLM.from_pretrained, name, config=config, dtype=dtype,
                            use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    llm, rows = llm.to(device).eval(), llm.get_input_embeddings().num_embeddings
+    llm, vocabulary = llm.to(device).eval(), llm.get_input_embeddings().num_embeddings
     wrong = wrong or [key for key, weight in llm.named_parameters() if not weight.isfinite().all()]
     if wrong:
         raise BadInput(f"{name}: weights are missing, of another shape or no numbers ({min(wrong)}, "
                        f"{len(wrong)} in all); take the model as it was last saved whole")
     end, last = tokenizer.eos_token_id, tokenizer("a")["input_ids"][-1:]
-    if end is None or len(tokenizer) > rows or last == [end]:
-        has = ("no end token" if end is None else "the end token in every prompt" if last == [end] else
-               f"more tokens than the model's {rows}")
-        raise BadInput(f"{name}: its tokenizer has {has}; bring the one that the model was trained with")
+    for wrong, has in ((end is None, "no end token"), (last == [end], "the end token in every prompt"),
+                       (len(tokenizer) > vocabulary, f"more tokens than the model's {vocabulary}")):
+        if wrong:
+            raise BadInput(f"{name}: its tokenizer has {has}; bring the one that the model was trained with")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
     return fast_attention(llm), tokenizer
 
 
@@ -405,11 +404,11 @@ def mentions(text: str, target: str) -> bool:
     """Whether the target's name stands in a text, in any case, or one of its longer words, capitalized."""
     text = unicodedata.normalize("NFC", text)
     words = {word for word in re.findall(r"\w+", plain(target)) if len(word) > 3}
-    return bool(re.search(whole(plain(target)), plain(text))) or any(
+    return bool(re.search(name_pattern(plain(target)), plain(text))) or any(
         plain(word) in words and word[0].isupper() for word in re.findall(r"\w+", text))
 
 
-def whole(name: str) -> str:
+def name_pattern(name: str) -> str:
     """A pattern for a name that is no part of a longer word; in scripts without case, which may have no
     blanks between words, anywhere."""
     return rf"(?<!\w){re.escape(name)}(?!\w)" if name.upper() != name.lower() else re.escape(name)

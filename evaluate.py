@@ -76,13 +76,13 @@ def evaluate(llm, tokenizer, probes: dict[str, list[dict]], batch=BATCH, dtype=t
     rows = [row | {"set": score} for score, part in probes.items() for row in part]
     for row in rows:
         row["prompt"] = make_prompt(row, tokenizer, before)
-    words = [row for row in rows if row["set"] != "mmlu"]  # asked together, in as few batches as can be
-    letters = [row for row in rows if row["set"] == "mmlu"]
-    for row, said in zip(words, answer(copied, tokenizer, [row["prompt"] for row in words], batch)):
+    in_words = [row for row in rows if row["set"] != "mmlu"]  # asked together, in as few batches as can be
+    by_letter = [row for row in rows if row["set"] == "mmlu"]
+    for row, said in zip(in_words, answer(copied, tokenizer, [row["prompt"] for row in in_words], batch)):
         row["answers"] = row.get("answers") or [row["answer"]]
         row.update(said=said, score=max(rouge_l_recall(said, wanted) for wanted in row["answers"]),
                    recall=max(word_recall(said, wanted) for wanted in row["answers"]))
-    for row, said in zip(letters, choose(copied, tokenizer, [row["prompt"] for row in letters], batch)):
+    for row, said in zip(by_letter, choose(copied, tokenizer, [row["prompt"] for row in by_letter], batch)):
         row.update(said=said, score=float(said == "ABCD"[row["answer"]]))
     return summary(rows), rows
 
@@ -113,7 +113,9 @@ def summary(rows: list[dict]) -> dict[str, float]:
             if weights:
                 whole = sum(part[s] * w for s, w in weights.items())
                 found[f"{group}_{name}"] = whole / sum(weights.values())
-    return found | {"general_words": recalled[name] for name in recalled if name == "general"}
+    if "general" in recalled:
+        found["general_words"] = recalled["general"]
+    return found
 
 
 def means(rows: list[dict], field: str) -> dict[str, float]:
@@ -129,19 +131,21 @@ def means(rows: list[dict], field: str) -> dict[str, float]:
 def answer(llm, tokenizer, prompts: list[str], batch: int, tokens: int = 30, stops=STOPS, **how) -> list[str]:
     """Greedy answers of up to `tokens` tokens, cut at the end of the text and at `stops`, as RWKU cuts them:
     where a stop is no single token of the tokenizer it does nothing. `how` goes to transformers' generate."""
+    if not prompts:
+        return []
     ends = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, stops)}
     ends -= {None, tokenizer.unk_token_id}
-    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
+    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     order = sorted(range(len(prompts)), key=lambda i: lengths[i], reverse=True)  # little padding
     said = [""] * len(prompts)
     padded = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
     how |= {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-    if prompts:  # the shortest, padded: a broken model says nothing, which would look like perfect forgetting
-        turns = tokenizer([prompts[order[-1]], prompts[order[0]]], **padded).to(llm.device)
-        first = data.generate(llm, turns, max_new_tokens=1, output_logits=True, return_dict_in_generate=True,
-                              **how).logits[0]                                                 # (2, V)
-        if not first.float().var(-1).min() > 0:
-            raise data.BadInput("what the model computes is non-finite or all alike: its weights are broken")
+    # the shortest, padded, and the longest: a broken model says nothing, as if it had forgotten all
+    turns = tokenizer([prompts[order[-1]], prompts[order[0]]], **padded).to(llm.device)
+    logits = data.generate(llm, turns, max_new_tokens=1, output_logits=True, return_dict_in_generate=True,
+                           **how).logits[0]                                                    # (2, V)
+    if not logits.float().var(-1).min() > 0:
+        raise data.BadInput("what the model computes is non-finite or all alike: its weights are broken")
     for at in data.progress(range(0, len(prompts), batch), "answering"):
         rows = order[at:at + batch]
         turns = tokenizer([prompts[i] for i in rows], **padded).to(llm.device)

@@ -156,7 +156,7 @@ def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
         fitting = (name for name, needed in MEMORY.items() if free >= needed and "model" not in given)
         given["preset"] = next(fitting, "smol")
         needs = ", ".join(f"{name} needs {needed}" for name, needed in MEMORY.items())
-        other = " and no other --model" * ("model" in given)
+        other = " and no other --model" if "model" in given else ""
         print(f"preset | {given['preset']}: {free:.0f} GB of CUDA memory free, {needs}{other}")
     check(kind(**given))
     config = kind(**kind.usual(given) | given)
@@ -370,8 +370,10 @@ def run(config: Config, begin=begin, score=score, enough=enough) -> dict:
             print(evaluate.scores_table({"before": scores}), flush=True)
         began -= found["seconds"]
         write_log(out, found["log"], "w")
+        if enough(found, config):  # cut off at its end: nothing to do
+            records = ()
         try:
-            for record in () if enough(found, config) else records:  # cut off at its end: nothing to do
+            for record in records:
                 record = {"kind": record["kind"], "stage": state.stage} | record
                 found["log"].append(record)
                 write_log(out, [record], "a")
@@ -628,7 +630,8 @@ def report(found: dict) -> None:
                              ("other concept", "neighbor_qa", None)):
         asked = [(was, now) for was, now in zip(found["asked_before"], found["asked_after"])
                  if was["set"] == name and only in (None, was.get("type"))]
-        for was, now in sorted(asked, key=lambda pair: pair[0]["score"], reverse=True)[:1]:  # the best known
+        if asked:  # the best known
+            was, now = max(asked, key=lambda pair: pair[0]["score"])
             print(f"{kind}\n  Q: {was['query']}\n  before: {' '.join(was['said'].split())}\n"
                   f"  after:  {' '.join(now['said'].split())}")
 

@@ -263,7 +263,7 @@ def exchanged(thing, names: dict[str, str]):
         return [exchanged(value, names) for value in thing]
     if not isinstance(thing, str):
         return thing
-    return re.sub("|".join(map(data.whole, names)), lambda found: names[found[0]], thing)
+    return re.sub("|".join(map(data.name_pattern, names)), lambda found: names[found[0]], thing)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -145,9 +145,9 @@ def load_llm(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.fl
         raise BadInput(f"{name}: weights are missing, of another shape or no numbers ({min(wrong)}, "
                        f"{len(wrong)} in all); take the model as it was last saved whole")
     end, last = tokenizer.eos_token_id, tokenizer("a")["input_ids"][-1:]
-    for wrong, has in ((end is None, "no end token"), (last == [end], "the end token in every prompt"),
-                       (len(tokenizer) > vocabulary, f"more tokens than the model's {vocabulary}")):
-        if wrong:
+    for broken, has in ((end is None, "no end token"), (last == [end], "the end token in every prompt"),
+                        (len(tokenizer) > vocabulary, f"more tokens than the model's {vocabulary}")):
+        if broken:
             raise BadInput(f"{name}: its tokenizer has {has}; bring the one that the model was trained with")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

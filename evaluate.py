@@ -141,9 +141,9 @@ def answer(llm, tokenizer, prompts: list[str], batch: int, tokens: int = 30, sto
     padded = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
     how |= {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     # the shortest, padded, and the longest: a broken model says nothing, as if it had forgotten all
-    turns = tokenizer([prompts[order[-1]], prompts[order[0]]], **padded).to(llm.device)
+    turns = tokenizer([prompts[order[-1]], prompts[order[0]]][:batch], **padded).to(llm.device)
     logits = data.generate(llm, turns, max_new_tokens=1, output_logits=True, return_dict_in_generate=True,
-                           **how).logits[0]                                                    # (2, V)
+                           **how).logits[0]                                                    # (2 or 1, V)
     if not logits.float().var(-1).min() > 0:
         raise data.BadInput("what the model computes is non-finite or all alike: its weights are broken")
     for at in data.progress(range(0, len(prompts), batch), "answering"):

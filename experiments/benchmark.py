@@ -114,8 +114,7 @@ def measure_speed(shape: str, config: train.Config, rounds: int) -> dict:
     print(f"caches | {1e3 * states:.1f} ms a text and stage, {1e3 * embeddings:.1f} ms a text, {reading:.2f} s once")
     stages, steps = 1 + len(config.taus), config.align_steps + len(config.taus) * config.realign_steps
     whole = {"texts": texts(config), "steps": steps, "straightforward": steps * align["straightforward"],
-             "ours": steps * align["ours"] + reading + texts(config) * (
-                 stages * states + embeddings)}
+             "ours": steps * align["ours"] + reading + texts(config) * (stages * states + embeddings)}
     print(f"all alignment | {whole['texts']} texts, {steps} steps | ours {whole['ours'] / 60:.1f} min, "
           f"caches counted | straightforward {whole['straightforward'] / 60:.1f} min | "
           f"{whole['straightforward'] / whole['ours']:.1f} x", flush=True)

@@ -227,8 +227,9 @@ def steps(dry_run: bool, out: Path) -> None:
     _, tokenizer = benchmark.make_encoder(*benchmark.SHAPES["tiny"][2], "cpu")
     prompts = [" ".join(f"w{2 + (n + m) % 400}" for m in range(80)) for n in range(4 if dry_run else 100)]
     copied = evaluate.answering_copy(llm, evaluate.precision(config.device))
-    answers = [benchmark.seconds(
-        lambda: evaluate.answer(copied, tokenizer, prompts, config.eval_batch), config.device) for _ in "12"][1]
+    for _ in range(2):  # the first time is slower
+        answers = benchmark.seconds(
+            lambda: evaluate.answer(copied, tokenizer, prompts, config.eval_batch), config.device)
     found(f"{len(prompts)} prompts of 80 tokens answered, 30 tokens each", seconds=answers)
     scores = 160 * answers / len(prompts) + 490 * states / len(ids)  # RWKU's questions; MMLU's 171 prompts
     seconds = ours + stages * config.unlearn_steps * speed["unlearn"]["ours"] + (1 + stages) * scores

@@ -19,7 +19,6 @@ lacks what it needs it raises data.BadInput, and is left out. All in fp32.
 
 import argparse
 import copy
-import json
 import re
 import sys
 import time
@@ -36,7 +35,7 @@ import atu
 import data
 import evaluate
 from experiments.baselines import likelihood_loss, tokenize_answers
-from experiments.compare import COLOURS, check_out, read_runs, spread, table
+from experiments.compare import COLOURS, check_out, read_json, read_runs, spread, table
 from experiments.strangers import exchanged, made_up_names
 
 
@@ -361,16 +360,6 @@ def course(part: list[dict], who: str) -> tuple[list[int], list[float]]:
     steps = sorted({int(key.split()[1]) for key in found[0]})
     best = [[max(run[key] for key in run if key.endswith(f" {step}")) for run in found] for step in steps]
     return steps, [mean(scores) for scores in best]
-
-
-def read_json(file: Path, *keys: str) -> dict:
-    """What a file holds, with these keys. Raises data.BadInput."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return found | {key: found[key] for key in keys}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise data.BadInput(f"{file}: cannot be read ({type(error).__name__}: {error}); name folders of "
-                            "finished runs, for --compare of attacked ones") from error
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -227,6 +227,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def read_json(file: Path, *keys: str) -> dict:
+    """What a file holds, with these keys. Raises data.BadInput."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found | {key: found[key] for key in keys}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise data.BadInput(f"{file}: cannot be read ({type(error).__name__}: {error}); name folders of "
+                            "finished runs; --compare reads what the command without it has written") from error
+
+
 def check_out(out: Path) -> None:
     """Raises data.BadInput where OUT.md and OUT.png cannot be files."""
     if not out.name or not out.parent.is_dir():

@@ -1,11 +1,12 @@
 """What does unlearning cost beyond unspecific drift? The same drift by random noise, and what that costs.
 
     python -m experiments.noise runs/warren-buffett [--seeds 0 1 2]
+    python -m experiments.noise --compare runs/*
 
 Each weight that the run has moved gets noise of the size of its own displacement, all of it scaled by one
 factor so that the hidden states of other texts drift as far as the run's (losses.retain_loss). What noise
 costs of the neighbors' and general scores is a guess at what that drift costs whatever brings it about. Scores
-before are those in the run's results.json.
+before are those in the run's results.json; what is found is kept beside it, in noise.json.
 """
 
 import argparse
@@ -22,11 +23,11 @@ import atu
 import data
 import evaluate
 import train
-from experiments.compare import spread, table
+from experiments.compare import read_json, spread, table
 from experiments.look import read_run
 from losses import retain_loss
 
-KEPT = ("forget_words", "neighbor_all", "neighbor_words", "general", "general_words")
+KEPT = ("forget_words", "neighbor_words", "general_words")
 
 
 @torch.no_grad()
@@ -57,9 +58,9 @@ def add_noise(llm: nn.Module, moved: nn.Module, seed: int, measure, wanted: floa
     raise data.BadInput(f"no size of noise found that drifts by {wanted:g} (last: {factor:g}, {found:g})")
 
 
-def control(folder: Path, seeds: list[int], texts: int, device: str) -> list[list[str]]:
-    """The table's rows, its head first: what is left of the scores, in percent, after the run, and after noise. Raises
-    data.BadInput."""
+def control(folder: Path, seeds: list[int], texts: int, device: str) -> dict:
+    """What noise.json holds: of the run, and of noise by each seed, the drift, and what is left of the scores, in
+    percent. Raises data.BadInput."""
     config, results = read_run(folder)
     work = train.load(dataclasses.replace(config, device=device, bf16=False, out=str(folder)))
     moved, _ = data.load_llm(str(folder / "model"), device)
@@ -78,23 +79,35 @@ def control(folder: Path, seeds: list[int], texts: int, device: str) -> list[lis
     if not wanted > 0:
         raise data.BadInput(f"{folder}: its hidden states on these texts have not moved; take more --texts")
 
-    def left(llm) -> list[float]:
+    def left(llm) -> dict[str, float]:
         scores, _ = evaluate.evaluate(llm, work.tokenizer, work.probes, config.eval_batch, dtype)
-        return [100 * scores[name] / results["before"][name] for name in columns]
+        return {name: 100 * scores[name] / results["before"][name] for name in KEPT if results["before"].get(name)}
 
     dtype = evaluate.precision(device, config.bf16)  # the run's
-    columns = [name for name in KEPT if results["before"].get(name)]
-    rows = [["", "drift x 10^4", "noise / displacement", *(name.replace("_", " ") for name in columns)]]
-    rows.append([f"{results['target']}, unlearned", f"{1e4 * wanted:.1f}", "", *(f"{x:.1f}" for x in left(moved))])
-    drifts, sizes, shares = [], [], []
+    found = {"target": results["target"], "texts": len(others), "run": {"drift": wanted} | left(moved), "noise": []}
     for seed in data.progress(seeds, "noise"):
         llm = copy.deepcopy(work.llm)
-        size, found = add_noise(llm, moved, seed, measure, wanted)
-        sizes.append(size)
-        drifts.append(1e4 * found)
-        shares.append(left(llm))
-    rows.append([f"{results['target']}, noise", spread(drifts), f"{mean(sizes):.2f}",
-                 *map(spread, zip(*shares))])
+        size, drifted = add_noise(llm, moved, seed, measure, wanted)
+        found["noise"].append({"seed": seed, "size": size, "drift": drifted} | left(llm))
+    return found
+
+
+def compare(everything: list[dict]) -> list[list[str]]:
+    """The table's rows, its head first: a line for each of noise.json, and the mean over several: the run's, and in
+    brackets noise's over its seeds. Raises data.BadInput."""
+    if len({tuple(found["run"]) for found in everything}) > 1:
+        raise data.BadInput("the runs were not asked the same kinds of question; show them one by one")
+    names = [name for name in everything[0]["run"] if name != "drift"]
+    rows = [["", "drift x 10^4", *(name.replace("_", " ") for name in names)]]
+    for found in everything:
+        run, noise = found["run"], found["noise"]
+        cells = [f"{run[name]:.1f} ({spread([one[name] for one in noise])})" for name in names]
+        rows.append([found["target"], f"{1e4 * run['drift']:.1f}", *cells])
+    if len(everything) > 1:
+        means = [{name: mean(one[name] for one in found["noise"]) for name in names} for found in everything]
+        cells = [f"{mean(found['run'][name] for found in everything):.1f} ({mean(one[name] for one in means):.1f})"
+                 for name in names]
+        rows.append(["mean", "", *cells])
     return rows
 
 
@@ -105,6 +118,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the noise (default: 0 1 2)")
     parser.add_argument("--texts", type=int, default=64, help="other texts by which drift is measured (default: 64)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--compare", action="store_true", help="make no noise: the table of what was found")
     args = parser.parse_args(argv)
     if args.texts < 1:
         raise data.BadInput(f"--texts {args.texts}: must be at least 1")
@@ -112,11 +126,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def show(args: argparse.Namespace) -> None:
-    """One table of all runs, printed. Raises data.BadInput."""
-    found = [control(run, args.seeds, args.texts, data.choose_device(args.device)) for run in args.runs]
-    if len({tuple(rows[0]) for rows in found}) > 1:
-        raise data.BadInput("the runs were not asked the same kinds of question; show them one by one")
-    print(table([found[0][0], *(row for rows in found for row in rows[1:])]))
+    """noise.json of each run, and one table of all, printed. Raises data.BadInput."""
+    for run in () if args.compare else args.runs:
+        data.write_json(run / "noise.json", control(run, args.seeds, args.texts, data.choose_device(args.device)))
+    print(table(compare([read_json(run / "noise.json", "target", "run", "noise") for run in args.runs])))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """experiments/noise.py: noise that drifts as far as a run did, where the run moved, and nowhere else."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -62,10 +63,39 @@ def test_the_command_sets_noise_beside_the_run(folders, tmp_path, capsys):
     assert noise.main([str(out), "--seeds", "0", "1", "--device", "cpu", "--texts", "3"]) == 0
     said = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
             if line.startswith("|")]
-    head, _, run, noisy = said
-    assert head[:3] == ["", "drift x 10^4", "noise / displacement"]
-    assert run[0] == "Ada Lark, unlearned" and noisy[0] == "Ada Lark, noise" and "±" in noisy[1] and float(noisy[2]) > 0
-    assert float(noisy[1].split()[0]) == pytest.approx(float(run[1]), rel=0.05, abs=0.1)
+    head, _, run = said
+    assert head[:2] == ["", "drift x 10^4"] and run[0] == "Ada Lark"
+    assert all("±" in cell for cell in run[2:]) and len(run) == len(head) > 2
+    found = json.loads((out / "noise.json").read_text())
+    assert [one["seed"] for one in found["noise"]] == [0, 1] and found["texts"] == 3
+    assert all(one["drift"] == pytest.approx(found["run"]["drift"], rel=0.021) for one in found["noise"])
+    results = json.loads((out / "results.json").read_text())
+    for name, left in found["run"].items():  # the model in the folder is the run's last
+        assert name == "drift" or left == pytest.approx(100 * results["after"][name] / results["before"][name])
+
+
+def noisy(target: str, run: dict, *noise: dict) -> dict:
+    return {"target": target, "run": run, "noise": [{"seed": n, "size": 2.0, "drift": 1.0} | one
+                                                    for n, one in enumerate(noise)]}
+
+
+def test_runs_and_their_noise_stand_side_by_side_with_their_mean(tmp_path, capsys):
+    found = [noisy("A", {"drift": 1e-4, "forget_words": 20.0}, {"forget_words": 90.0}, {"forget_words": 100.0}),
+             noisy("B", {"drift": 3e-4, "forget_words": 10.0}, {"forget_words": 85.0})]
+    for n, part in enumerate(found):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "noise.json").write_text(json.dumps(part))
+    places = [str(tmp_path / "0"), str(tmp_path / "1")]
+    assert noise.main([*places, "--compare"]) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][2:] == ["forget words"]
+    assert rows[2:] == [["A", "1.0", "20.0 (95.0 ± 7.1)"], ["B", "3.0", "10.0 (85.0)"], ["mean", "", "15.0 (90.0)"]]
+    (tmp_path / "1" / "noise.json").write_text(json.dumps(noisy("B", {"drift": 1.0}, {})))
+    assert noise.main([*places, "--compare"]) == 2
+    assert "not asked the same kinds" in capsys.readouterr().err
+    (tmp_path / "1" / "noise.json").unlink()
+    assert noise.main([*places, "--compare"]) == 2
+    assert "noise.json" in capsys.readouterr().err
 
 
 def test_a_run_that_has_not_moved_has_no_control(folders, tmp_path, capsys):

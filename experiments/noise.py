@@ -59,8 +59,8 @@ def add_noise(llm: nn.Module, moved: nn.Module, seed: int, measure, wanted: floa
 
 
 def control(folder: Path, seeds: list[int], texts: int, device: str) -> dict:
-    """What noise.json holds: of the run, and of noise by each seed, the drift, and what is left of the scores, in
-    percent. Raises data.BadInput."""
+    """What noise.json holds: of the run, and of noise by each seed, the drift and what is left of the scores, in
+    percent; of noise its `size` too, in displacements of the run's. Raises data.BadInput."""
     config, results = read_run(folder)
     work = train.load(dataclasses.replace(config, device=device, bf16=False, out=str(folder)))
     moved, _ = data.load_llm(str(folder / "model"), device)

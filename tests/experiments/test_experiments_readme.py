@@ -98,6 +98,8 @@ def test_tables_are_what_their_commands_print(name, words, tmp_path, monkeypatch
     assert importlib.import_module(name).main([*words, *elsewhere]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(shown) > 2 and "\n".join(shown) in README
+    if elsewhere:
+        assert (tmp_path / "t.md").read_text(encoding="utf-8").strip() == "\n".join(shown)
 
 
 def test_every_committed_run_is_in_a_table_and_every_printed_table_has_its_command():
@@ -117,6 +119,15 @@ def test_committed_runs_are_plain_and_name_no_folder_of_the_machine_they_were_ma
         assert all(record == {"kind", "stage", "steps", "seconds"} for record in records), file
         values = [value for scores in (run["before"], run["after"]) for value in scores.values()]
         assert all(isinstance(value, float) for value in values), file
+
+
+def test_committed_noise_is_of_the_run_beside_it():
+    files = list(RESULTS.rglob("noise.json"))
+    for file in files:
+        found, run = json.loads(file.read_text(encoding="utf-8")), RUNS[file.with_name("results.json")]
+        for name in ("forget_words", "neighbor_words", "general_words"):
+            assert found["run"][name] == pytest.approx(100 * run["after"][name] / run["before"][name]), (file, name)
+    assert len(files) == 6
 
 
 def test_no_run_is_there_twice():
